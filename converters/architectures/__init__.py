@@ -1,0 +1,102 @@
+"""One file a model family. A file says which `model_type`s it takes (MODEL_TYPES), reads their configuration
+(card), lists the tensors it needs (tensors) and builds any range of blocks (build). A new model is a new file."""
+
+import functools
+import importlib
+import math
+import pkgutil
+from types import ModuleType
+
+from shoal.runtime.card import Card
+from shoal.runtime.errors import ConvertError
+
+
+@functools.cache
+def _families() -> dict[str, ModuleType]:
+    families = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f".{info.name}", __name__)
+        for model_type in getattr(module, "MODEL_TYPES", ()):
+            families[model_type] = module
+    return families
+
+
+def find(source) -> tuple[ModuleType, Card]:
+    """The architecture and card of a checkpoint; refuses, before anything is written, what cannot be converted.
+
+    Raises ConvertError with everything that is missing: unknown model type, unsupported settings, absent tensors,
+    wrong shapes.
+    """
+    config = source.config()
+    model_type = config.get("model_type")
+    families = _families()
+    if model_type not in families:
+        raise ConvertError(
+            f"A model of type {model_type!r} cannot be converted.",
+            "shoal has no architecture of that name.",
+            f"Supported are {', '.join(sorted(families))}.",
+        )
+    architecture = families[model_type]
+    problems: list[str] = []
+    card = architecture.card(Config(config, problems), source.describe())
+    present = source.tensors()
+    if card is not None:
+        for name, shape in architecture.tensors(card).items():
+            if name not in present:
+                problems.append(f"tensor {name} {list(shape)} is missing")
+            elif tuple(present[name].shape) != tuple(shape):
+                problems.append(f"tensor {name} is {list(present[name].shape)}, not {list(shape)}")
+    if problems or card is None:
+        shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
+        raise ConvertError(
+            f"This {model_type} checkpoint cannot be converted.", "; ".join(shown) + ".",
+            "Use a complete checkpoint of a supported model; nothing was written.",
+        )  # fmt: skip
+    return architecture, card
+
+
+class Config:
+    """A Hugging Face configuration from outside: every field checked for type and range, all problems collected."""
+
+    def __init__(self, values: dict, problems: list[str]):
+        self.values, self.problems = values, problems
+
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 24) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not low <= value <= high:
+            self.problems.append(f"{key} is {value!r:.60}, not a count from {low} to {high}")
+            return low
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            self.problems.append(f"{key} is {value!r:.60}, not a number")
+            return 1.0
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        return value if isinstance(value, bool) else default
+
+    def text(self, key: str, default: str = "") -> str:
+        value = self.values.get(key)
+        return value if isinstance(value, str) else default
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """Token ids: one, several or none."""
+        value = self.values.get(key)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(item) is not int or item < 0 for item in found):
+            self.problems.append(f"{key} is {value!r:.60}, not token ids")
+            return ()
+        return tuple(found)
+
+    def table(self, key: str) -> dict:
+        value = self.values.get(key)
+        return value if isinstance(value, dict) else {}
+
+    def refuse(self, problem: str) -> None:
+        self.problems.append(problem)

@@ -1,0 +1,242 @@
+"""What decoder language models share: positions, attention over a cache in place, gated feed-forward, the head.
+
+The graph's contract with the runtime (docs/architecture.md): `tokens` or `hidden` in, `logits` of chosen `rows` or
+`hidden` out, the cache of every block as past and present over one buffer. Architectures compose these parts; a part
+knows tensors' roles and not their family.
+"""
+
+import math
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from shoal.runtime.card import Card, Rope
+
+from ..graph import MICROSOFT, GraphBuilder
+
+
+@dataclass
+class Step:
+    """The values that every block of one graph uses. `x` and `residual` wait to be added by the next norm."""
+
+    g: GraphBuilder
+    card: Card
+    last: ir.Value
+    total: ir.Value
+    tables: list[tuple[ir.Value, ir.Value]]
+    x: ir.Value
+    residual: ir.Value | None = None
+
+
+def begin(g: GraphBuilder, card: Card, blocks: range, table: str) -> Step:
+    """Declares the inputs and embeds the tokens (or takes `hidden` where the range starts later)."""
+    if blocks.start == 0:
+        x = g.input("tokens", "int64", ["batch", "tokens"])
+    else:
+        x = g.input("hidden", "float32", ["batch", "tokens", card.hidden])
+    last = g.input("last", "int32", ["batch"])
+    total = g.input("total", "int32", [1])
+    tables = [
+        tuple(g.input(f"{part}_{j}", "float32", ["context", len(rope.inverse_frequencies)]) for part in ("cos", "sin"))
+        for j, rope in enumerate(card.ropes)
+    ]
+    if blocks.start == 0:
+        g.scope("embed")
+        x = g.embed(table, x)
+        if card.embedding_scale != 1.0:
+            x = g.op("Mul", x, g.constant(card.embedding_scale, "float32"))
+    return Step(g, card, last, total, tables, x)  # type: ignore[arg-type]
+
+
+def norm(step: Step, weight: ir.Value) -> ir.Value:
+    """RMS norm of the stream; a block's output still waiting is added to it in the same operator."""
+    g, eps = step.g, step.card.norm_eps
+    if step.residual is None:
+        return g.op("SimplifiedLayerNormalization", step.x, weight, axis=-1, epsilon=eps, stash_type=1)
+    y, _, _, step.x = g.op(
+        "SkipSimplifiedLayerNormalization", step.x, step.residual, weight, outputs=4, domain=MICROSOFT, epsilon=eps
+    )
+    step.residual = None
+    return y
+
+
+def rms(step: Step, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """RMS norm of any tensor over its last axis."""
+    return step.g.op(
+        "SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=step.card.norm_eps, stash_type=1
+    )
+
+
+def attention(step: Step, x: ir.Value, prefix: str, block: int, norms: tuple[ir.Value, ir.Value] | None = None) -> ir.Value:
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, over the cache of `block`.
+
+    Q, K and V are one product; with `norms` (Q's, K's) each head is normalised before it is rotated.
+    """
+    g, card = step.g, step.card
+    widths = [card.heads * card.head_dim, card.kv_heads * card.head_dim, card.kv_heads * card.head_dim]
+    qkv: list = [g.linear(tuple(f"{prefix}.{part}_proj" for part in "qkv"), x, bias=card.attention_bias), None, None]
+    if norms:
+        qkv = g.op("Split", qkv[0], g.constant(widths), outputs=3, axis=-1)
+        for index in (0, 1):
+            heads = g.op("Reshape", qkv[index], g.constant([0, 0, -1, card.head_dim]))
+            qkv[index] = g.op("Reshape", rms(step, heads, norms[index]), g.constant([0, 0, widths[index]]))
+    shape = ["batch", card.kv_heads, "context", card.head_dim]
+    quantized = g.cache_scales is not None
+    kind = "int8" if quantized else "float32"
+    past = [g.input(f"past_{part}_{block}", kind, shape) for part in ("key", "value")]
+    inputs = [*qkv, *past, step.last, step.total, *step.tables[card.rope_of[block]]]
+    if quantized:  # then come position ids, attention bias and head sink, unused, and the scales
+        inputs += [None, None, None, *(g.constant(scales, "float32") for scales in g.cache_scales[block])]
+    y, key, value = g.op(
+        "GroupQueryAttention", *inputs, outputs=3, domain=MICROSOFT,
+        num_heads=card.heads, kv_num_heads=card.kv_heads, scale=card.attention_scale, do_rotary=1,
+        local_window_size=card.windows[block] or -1, kv_cache_bit_width=8 if quantized else None,
+        k_quant_type="PER_CHANNEL" if quantized else None, v_quant_type="PER_CHANNEL" if quantized else None,
+    )  # fmt: skip
+    for part, present in (("key", key), ("value", value)):
+        g.output(present, f"present_{part}_{block}", kind, shape)
+    return g.linear(f"{prefix}.o_proj", y)
+
+
+def feed_forward(step: Step, x: ir.Value, prefix: str) -> ir.Value:
+    """down(activation(gate(x)) * up(x)); gate and up are one product."""
+    g, card = step.g, step.card
+    both = g.linear((f"{prefix}.gate_proj", f"{prefix}.up_proj"), x)
+    gate, up = g.op("Split", both, outputs=2, axis=-1, num_outputs=2)
+    if card.activation == "silu":
+        gate = g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x) in one operator
+    else:
+        gate = g.op("Gelu", gate, approximate="tanh" if card.activation == "gelu_tanh" else "none")
+    return g.linear(f"{prefix}.down_proj", g.op("Mul", gate, up))
+
+
+def end(step: Step, blocks: range, weight, head: str) -> None:
+    """Declares the output: the logits of `rows`, or the stream where the range ends early. `weight` makes the norm's."""
+    g, card = step.g, step.card
+    g.scope("head")
+    x = step.x if step.residual is None else g.op("Add", step.x, step.residual)
+    if blocks.stop < card.blocks:
+        g.output(x, "hidden", "float32", ["batch", "tokens", card.hidden])
+        return
+    rows = g.input("rows", "int64", ["rows"])
+    x = g.op("Gather", g.op("Reshape", x, g.constant([-1, card.hidden])), rows, axis=0)
+    logits = g.head(head, rms(step, x, weight()))
+    g.output(logits, "logits", "float32", ["rows", card.vocab])
+
+
+def decoder_tensors(card: Card, *, norms: tuple[str, ...], attention_norms: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a gated decoder's tensors; `norms` are each block's of the stream."""
+    q, kv = card.heads * card.head_dim, card.kv_heads * card.head_dim
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (card.vocab, card.hidden),
+        "model.norm.weight": (card.hidden,),
+    }
+    if not card.tied:
+        found["lm_head.weight"] = (card.vocab, card.hidden)
+    for block in range(card.blocks):
+        prefix = f"model.layers.{block}"
+        for part, width in (("q", q), ("k", kv), ("v", kv)):
+            found[f"{prefix}.self_attn.{part}_proj.weight"] = (width, card.hidden)
+            if card.attention_bias:
+                found[f"{prefix}.self_attn.{part}_proj.bias"] = (width,)
+        found[f"{prefix}.self_attn.o_proj.weight"] = (card.hidden, q)
+        for part in ("gate", "up"):
+            found[f"{prefix}.mlp.{part}_proj.weight"] = (card.ffn, card.hidden)
+        found[f"{prefix}.mlp.down_proj.weight"] = (card.hidden, card.ffn)
+        found |= {f"{prefix}.{name}.weight": (card.hidden,) for name in norms}
+        if attention_norms:
+            found |= {f"{prefix}.self_attn.{part}_norm.weight": (card.head_dim,) for part in "qk"}
+    return found
+
+
+def decoder_card(config, source: str, *, activation: str | None = None, **overrides) -> Card:
+    """The card of a gated decoder from its Hugging Face configuration; problems are collected in `config`."""
+    heads = config.integer("num_attention_heads")
+    hidden = config.integer("hidden_size")
+    head_dim = config.integer("head_dim", max(1, hidden // heads))
+    blocks = config.integer("num_hidden_layers", high=1024)
+    context = config.integer("max_position_embeddings", 2048, high=1 << 28)
+    named = config.text("hidden_activation") or config.text("hidden_act", "silu")
+    chosen = activation or {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}.get(named)
+    if chosen is None:
+        config.refuse(f"activation {named!r} is not supported")
+    kv_heads = config.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        config.refuse(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+    if config.flag("mlp_bias"):
+        config.refuse("mlp_bias is not supported")
+    if config.number("partial_rotary_factor", 1.0) != 1.0:
+        config.refuse("partial_rotary_factor is not supported")
+    bos = config.ids("bos_token_id")
+    pad = config.ids("pad_token_id")
+    values = dict(
+        name=config.text("name") or source, model_type=config.text("model_type"), task="generate", blocks=blocks,
+        hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=config.integer("intermediate_size"),
+        vocab=config.integer("vocab_size"), max_context=context, norm_eps=config.number("rms_norm_eps", 1e-6),
+        activation=chosen or "silu", tied=config.flag("tie_word_embeddings"), attention_scale=head_dim**-0.5,
+        rope_of=(0,) * blocks, windows=(0,) * blocks, bos=bos[0] if bos else -1, eos=config.ids("eos_token_id"),
+        pad=pad[0] if pad else -1, add_bos=config.flag("add_bos_token"), source=source,
+    )  # fmt: skip
+    if "ropes" not in overrides:
+        values["ropes"] = (rope(config, head_dim),)
+    return Card(**(values | overrides))  # type: ignore[arg-type]
+
+
+def rope(config, dims: int, theta: float | None = None, scaling: dict | None = None) -> Rope:
+    """Inverse frequencies of `dims` rotary channels under the configuration's static scaling.
+
+    llama3: frequencies below a wavelength are divided, with a ramp between (Llama 3.1's release); yarn: NTK by parts
+    (Peng et al. 2023); linear: all divided (Chen et al. 2023); factors: one divisor a pair.
+    """
+    parameters = config.table("rope_parameters")
+    if theta is None:
+        theta = parameters.get("rope_theta") if isinstance(parameters.get("rope_theta"), int | float) else None
+        theta = theta or config.number("rope_theta", 10000.0)
+    plain = [float(theta) ** (-2 * i / dims) for i in range(dims // 2)]
+    if scaling is None:
+        scaling = config.table("rope_scaling") or parameters
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"
+
+    def number(key: str, default: float | None = None) -> float:
+        value = scaling.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            config.refuse(f"rope_scaling.{key} is {value!r:.40}, not a positive number")
+            return 1.0
+        return float(value)
+
+    if kind in ("default", None):
+        return Rope(tuple(plain))
+    if kind == "linear":
+        return Rope(tuple(f / number("factor") for f in plain))
+    if kind == "factors":
+        factors = scaling.get("factors")
+        if not isinstance(factors, list) or len(factors) != len(plain) or not all(isinstance(f, float) and f > 0 for f in factors):
+            config.refuse(f"rope_scaling.factors are not {len(plain)} positive numbers")
+            return Rope(tuple(plain))
+        return Rope(tuple(f / factor for f, factor in zip(plain, factors, strict=True)))
+    if kind == "llama3":
+        factor, low, high = number("factor"), number("low_freq_factor"), number("high_freq_factor")
+        original = number("original_max_position_embeddings")
+
+        def scaled(f: float) -> float:
+            wavelength = 2 * math.pi / f
+            share = (original / wavelength - low) / max(high - low, 1e-9)
+            share = min(1.0, max(0.0, share))
+            return f * (share + (1 - share) / factor)
+
+        return Rope(tuple(scaled(f) for f in plain))
+    if kind == "yarn":
+        factor, fast, slow = number("factor"), number("beta_fast", 32.0), number("beta_slow", 1.0)
+        original = number("original_max_position_embeddings", config.integer("max_position_embeddings", 2048, high=1 << 28))
+
+        def pair(turns: float) -> float:
+            return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = max(math.floor(pair(fast)), 0), min(math.ceil(pair(slow)), dims - 1)
+        ramp = [min(1.0, max(0.0, (i - low) / max(high - low, 1e-3))) for i in range(dims // 2)]
+        return Rope(
+            tuple(f * (1 - r) + f / factor * r for f, r in zip(plain, ramp, strict=True)),
+            number("attention_factor", 0.1 * math.log(factor) + 1.0),
+        )
+    config.refuse(f"rope scaling {kind!r} is not supported")
+    return Rope(tuple(plain))

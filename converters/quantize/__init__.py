@@ -1,0 +1,1 @@
+"""Rounding methods, one a file: rows of a matrix in, codes with scales and zero points out."""

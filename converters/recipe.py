@@ -1,0 +1,140 @@
+"""How a checkpoint is converted: frozen values, versioned, from a name or from TOML.
+
+A recipe decides the format of every tensor. It knows nothing about files, graphs or models.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shoal.runtime.errors import UsageError
+
+METHODS = ("rtn", "gptq")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight matrix is stored: 32 is fp32; 8 or 4 are integers in groups of `group` inputs with one fp32 scale
+    each and, unless `symmetric`, one zero point."""
+
+    bits: int = 32
+    group: int = 32
+    symmetric: bool = False
+
+    def __post_init__(self):
+        if self.bits not in (32, 8, 4):
+            raise _refuse(f"bits is {self.bits!r}", "one of 32, 8 and 4")
+        if self.group not in (16, 32, 64, 128, 256):
+            raise _refuse(f"group is {self.group!r}", "one of 16, 32, 64, 128 and 256")
+
+    def __str__(self):
+        return "fp32" if self.bits == 32 else f"int{self.bits}g{self.group}{'s' if self.symmetric else ''}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that an activation-aware method sees: `tokens` tokens in rows of `length`, from `text` (a file's path,
+    or empty for the public-domain text that ships with the converters)."""
+
+    text: str = ""
+    tokens: int = 16384
+    length: int = 512
+
+    def __post_init__(self):
+        if not 16 <= self.length <= 8192 or not self.length <= self.tokens <= 1 << 22:
+            raise _refuse(f"calibration has {self.tokens} tokens in rows of {self.length}", "16 to 8192 a row, one row or more")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`linear` is the format of the blocks' matrices, `embedding` and `head` have their own (a tied head is the
+    embedding); the first of `rules` whose pattern matches a tensor's name outranks them. `method` rounds: `rtn` to
+    nearest, `gptq` with second-order error feedback from calibration text (Frantar et al. 2022)."""
+
+    name: str = "fp32"
+    version: int = 1
+    linear: Format = Format()
+    embedding: Format = Format()
+    head: Format = Format()
+    rules: tuple[tuple[str, Format], ...] = ()
+    method: str = "rtn"
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self):
+        if self.version != 1:
+            raise _refuse(f"version is {self.version!r}", "1")
+        if self.method not in METHODS:
+            raise _refuse(f"method is {self.method!r}", "one of " + ", ".join(METHODS))
+
+    def format(self, tensor: str, role: str = "linear") -> Format:
+        """The format of `tensor`; `role` is linear, embedding or head."""
+        for pattern, chosen in self.rules:
+            if fnmatch.fnmatchcase(tensor, pattern):
+                return chosen
+        return getattr(self, role)
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1).encode()
+
+
+_INT8, _INT4 = Format(8), Format(4)
+NAMED = {
+    "fp32": Recipe(),
+    "int8": Recipe("int8", linear=_INT8, embedding=_INT8, head=_INT8),
+    "int4": Recipe("int4", linear=_INT4, embedding=_INT8, head=_INT8),
+    "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_INT8, head=_INT8, method="gptq"),
+}
+
+
+def load(recipe: "str | Path | Recipe") -> Recipe:
+    """A recipe from its name, from a TOML file, or itself. Raises UsageError with the field that is wrong."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if str(recipe) in NAMED:
+        return NAMED[str(recipe)]
+    path = Path(recipe)
+    if path.suffix != ".toml":
+        raise UsageError(
+            f"There is no recipe {str(recipe)!r}.", f"The named ones are {', '.join(NAMED)}.", "Name one, or a .toml file."
+        )
+    try:
+        with open(path, "rb") as file:
+            raw = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"The recipe {path} cannot be read.", str(error), "Check the path.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"The recipe {path} is not TOML.", str(error), "Mend the line that the message names.") from None
+    return _recipe({"name": path.stem, **raw})
+
+
+def _recipe(raw: dict) -> Recipe:
+    for key in ("linear", "embedding", "head"):
+        if key in raw:
+            raw[key] = _table(Format, raw[key], key)
+    if "calibration" in raw:
+        raw["calibration"] = _table(Calibration, raw["calibration"], "calibration")
+    rules = raw.pop("rules", {})
+    if not isinstance(rules, dict):
+        raise _refuse("rules is not a table", 'lines such as "*.down_proj.weight" = { bits = 8 }')
+    raw["rules"] = tuple((pattern, _table(Format, rule, pattern)) for pattern, rule in rules.items())
+    return _table(Recipe, raw, "recipe")
+
+
+def _table(cls, raw, where: str):
+    if not isinstance(raw, dict):
+        raise _refuse(f"{where} is not a table", "a table")
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    for key, value in raw.items():
+        if key not in known:
+            raise _refuse(f"{where} has an unknown field {key!r}", ", ".join(known))
+        wanted = known[key].type
+        if wanted in (int, str, bool) and type(value) is not wanted:
+            raise _refuse(f"{where}.{key} is {value!r}", f"of type {wanted.__name__}")
+    return cls(**raw)
+
+
+def _refuse(what: str, allowed: str) -> UsageError:
+    return UsageError("The recipe cannot be used.", f"Its {what}.", f"It must be {allowed}.")

@@ -1,0 +1,148 @@
+"""The weights on their way from a checkpoint into a bundle's section: each is read, rounded and written once.
+
+Graphs ask for tensors in the order in which they use them; the store reads that tensor in slices of rows, rounds it as
+the recipe says, appends it to the section and remembers where it lies. So converting peaks at a slice, not at a model,
+and a second graph over the same weights costs nothing. It knows nothing about operators or files' headers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from shoal.runtime.events import Event, Progress, silent
+
+from .quantize import gptq, rtn
+from .recipe import Format, Recipe
+
+ALIGNMENT = 64
+SLICE_BYTES = 16 << 20  # of fp32, read and rounded at once
+
+
+class Sink(Protocol):
+    """Where bytes go: a section of a bundle in the making, or a scratch file."""
+
+    def write(self, data) -> object: ...
+    def tell(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in the section: `offset` and `length` in bytes from the section's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    def reshaped(self, name: str, shape: tuple[int, ...]) -> "Stored":
+        """The same bytes under another name and shape."""
+        return dataclasses.replace(self, name=name, shape=shape)
+
+    def flat(self) -> "Stored":
+        return self.reshaped(f"{self.name}.flat", (math.prod(self.shape),))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [outputs, inputs]: `values` are fp32 [outputs, inputs] or codes uint8 [outputs, groups, bytes of a
+    group], low nibble first; `scales` fp32 and `zeros` (packed like the codes) are [outputs, ..]: w = scale * (code - zero)."""
+
+    format: Format
+    outputs: int
+    inputs: int
+    values: Stored
+    scales: Stored = None  # type: ignore[assignment]
+    zeros: Stored | None = None
+
+    def parts(self) -> tuple[Stored, ...]:
+        return tuple(part for part in (self.values, self.scales, self.zeros) if part is not None)
+
+
+class Weights:
+    """The store. `source` has tensors() and read(name, start, stop); `hessians` maps a matrix's names to the inputs'
+    second moments [inputs, inputs], which the recipe's method uses where it finds them."""
+
+    def __init__(self, source, recipe: Recipe, sink: Sink, progress: Progress = silent):
+        self.source, self.recipe, self.sink, self.progress = source, recipe, sink, progress
+        self.hessians: dict[tuple[str, ...], np.ndarray] = {}
+        self.shapes = {name: info.shape for name, info in source.tensors().items()}
+        self.matrices: dict[tuple[str, ...], Matrix] = {}
+        self._plain: dict[tuple[str, ...], Stored] = {}
+        self._total = sum(math.prod(shape) for shape in self.shapes.values()) * 4
+        self._done = 0
+
+    def plain(self, name: str, transform: Callable | None = None) -> Stored:
+        """The tensor `name` in fp32; the transform is part of the model, so one name has one."""
+        return self._keep((name,), lambda: transform(self._whole(name)) if transform else self._whole(name))
+
+    def stacked(self, names: tuple[str, ...]) -> Stored:
+        """Vectors in fp32, one behind the other."""
+        return self._keep(names, lambda: np.concatenate([self._whole(name) for name in names]))
+
+    def matrix(self, names: tuple[str, ...], role: str = "linear") -> Matrix:
+        """The matrices `names` [outputs, inputs] stacked by rows, in the recipe's format for the first name."""
+        if names not in self.matrices:
+            self.matrices[names] = self._store(names, self.recipe.format(names[0], role))
+        return self.matrices[names]
+
+    def _store(self, names: tuple[str, ...], format: Format) -> Matrix:
+        inputs = self.shapes[names[0]][1]
+        outputs = sum(self.shapes[name][0] for name in names)
+        label = "+".join((names[0], *(name.rsplit(".", 2)[-2] for name in names[1:])))
+        start = self._align()
+        if format.bits == 32:
+            for rows in self._slices(names):
+                self.sink.write(np.ascontiguousarray(rows, np.float32))
+            return Matrix(format, outputs, inputs, Stored(label, "float32", (outputs, inputs), start, self.sink.tell() - start))
+        scales, zeros = [], []
+        hessian = self.hessians.get(names)
+        rounding = gptq.Rounding(hessian, format) if hessian is not None else None
+        for rows in self._slices(names):
+            codes = rounding.quantize(rows) if rounding else rtn.quantize(rows, format)
+            self.sink.write(rtn.pack(codes.values, format.bits))
+            scales.append(codes.scales)
+            zeros.append(codes.zeros)
+        groups = -(-inputs // format.group)
+        blob = format.group * format.bits // 8
+        values = Stored(f"{label}.codes", "uint8", (outputs, groups, blob), start, self.sink.tell() - start)
+        stored_scales = self._write(f"{label}.scales", np.concatenate(scales))
+        stored_zeros = None if format.symmetric else self._write(f"{label}.zeros", rtn.pack(np.concatenate(zeros), format.bits))
+        return Matrix(format, outputs, inputs, values, stored_scales, stored_zeros)
+
+    def _slices(self, names: tuple[str, ...]) -> Iterator[np.ndarray]:
+        for name in names:
+            rows, columns = self.shapes[name]
+            step = max(1, SLICE_BYTES // (4 * columns))
+            for start in range(0, rows, step):
+                part = self.source.read(name, start, min(start + step, rows))
+                yield part
+                self._report(name, part.nbytes)
+
+    def _whole(self, name: str) -> np.ndarray:
+        array = self.source.read(name)
+        self._report(name, array.nbytes)
+        return array
+
+    def _report(self, name: str, size: int) -> None:
+        self._done += size
+        self.progress(Event("convert", self._done, max(self._total, self._done), name, "B"))
+
+    def _keep(self, names: tuple[str, ...], make: Callable[[], np.ndarray]) -> Stored:
+        if names not in self._plain:
+            label = names[0] if len(names) == 1 else f"{names[0]}.stacked"
+            self._plain[names] = self._write(label, np.ascontiguousarray(make(), np.float32))
+        return self._plain[names]
+
+    def _write(self, name: str, array: np.ndarray) -> Stored:
+        start = self._align()
+        self.sink.write(np.ascontiguousarray(array))
+        return Stored(name, array.dtype.name, array.shape, start, array.nbytes)
+
+    def _align(self) -> int:
+        self.sink.write(bytes(-self.sink.tell() % ALIGNMENT))
+        return self.sink.tell()

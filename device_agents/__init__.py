@@ -1,0 +1,1 @@
+"""Device and edge daemons: pairing, links, negotiation. Nothing here yet runs; see docs/architecture.md."""

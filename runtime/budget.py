@@ -1,0 +1,189 @@
+"""Memory as a promise: what a model will use, row by row, before anything is loaded.
+
+`plan` is a pure function of a card, the sizes of the mapped weights and what a person asks for. It counts private
+anonymous bytes and every mapped byte that a decode step touches. Elastic rows may be resized while the model serves;
+fixed ones may not. A plan that does not fit is refused with its table and the two cheapest ways out.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .card import Card
+from .errors import BudgetError, UsageError
+from .language.cache import DTYPES, cache_bytes
+from .language.decoder import rotary_bytes
+
+MIB = 1 << 20
+DEFAULT_CONTEXT = 4096
+SHORTEST_CONTEXT = 64
+CHUNKS = (256, 128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One consumer: `where` is anonymous or mapped, `kind` fixed or elastic."""
+
+    name: str
+    bytes: int
+    where: str
+    kind: str = "fixed"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a bundle brings, in bytes: `weights` mapped from the bundle and touched by a decode step, `repacked` mapped
+    from the prepared cache, `private` copies that the engine makes where nothing is prepared, `tokenizer`, and the
+    engine's own, `session`."""
+
+    weights: int
+    repacked: int = 0
+    private: int = 0
+    tokenizer: int = 0
+    session: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows and the choices behind them. Lengths are tokens; `memory` is the budget in bytes, None for none."""
+
+    rows: tuple[Row, ...]
+    context: int
+    slots: int
+    chunk: int
+    kv: str
+    memory: int | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def anonymous(self) -> int:
+        return sum(row.bytes for row in self.rows if row.where == "anonymous")
+
+    def table(self) -> str:
+        """The rows as text, one a line."""
+        lines = [f"{'':22}{'MiB':>9}  {'':10} {'':8}"]
+        for row in self.rows:
+            lines.append(f"{row.name:22}{row.bytes / MIB:9.1f}  {row.where:10} {row.kind:8} {row.note}".rstrip())
+        budget = f"of {self.memory / MIB:.1f}" if self.memory is not None else "no budget"
+        lines.append(f"{'total':22}{self.total / MIB:9.1f}  {budget}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        return {
+            "rows": [vars(row) for row in self.rows], "total": self.total, "anonymous": self.anonymous,
+            "memory": self.memory, "context": self.context, "slots": self.slots, "chunk": self.chunk, "kv": self.kv,
+        }  # fmt: skip
+
+
+def plan(
+    card: Card, sizes: Sizes, *, memory: int | None = None, context: int | None = None, slots: int = 1,
+    kv: str = "fp32", chunk: int | None = None, shortest: int = SHORTEST_CONTEXT,
+) -> Plan:  # fmt: skip
+    """Decides what goes where. Without `context` it is the longest that fits `memory` (up to the model's own, or
+    4096 where there is no budget); without `chunk` the largest that leaves room for `context`.
+
+    Raises UsageError for impossible arguments and BudgetError, with the table, where it cannot fit.
+    """
+    if kv not in DTYPES:
+        raise UsageError(f"There is no key-value format {kv!r}.", f"It is one of {', '.join(DTYPES)}.", "Name one.")
+    for name, value, least in (("slots", slots, 1), ("context", context, 2), ("chunk", chunk, 1), ("memory", memory, 1)):
+        if value is not None and (type(value) is not int or value < least):
+            raise UsageError(f"{name} is {value!r}.", f"It must be a whole number of at least {least}.", "Correct it.")
+    if context is not None and context > card.max_context:
+        raise UsageError(
+            f"A context of {context} tokens is asked for.", f"The model was trained for {card.max_context}.", "Ask for less."
+        )
+
+    def rows(length: int, block: int, kind: str = kv, count: int = slots) -> tuple[Row, ...]:
+        found = [Row("weights", sizes.weights, "mapped")]
+        if sizes.repacked:
+            found.append(Row("repacked weights", sizes.repacked, "mapped", note="prepared on this device"))
+        if sizes.private:
+            found.append(Row("private weights", sizes.private, "anonymous", note="the engine's own copies"))
+        if card.task == "generate":
+            found.append(Row("key-value cache", cache_bytes(card, length, count, kind), "anonymous", "elastic",
+                             f"{count} x {length} tokens, {kind}"))  # fmt: skip
+            found.append(Row("rotary tables", rotary_bytes(card, length), "anonymous", "elastic"))
+        found.append(Row("activations", activation_bytes(card, block, length, count), "anonymous", note=f"chunks of {block} tokens"))
+        found.append(Row("tokenizer", sizes.tokenizer, "anonymous"))
+        found.append(Row("engine", sizes.session, "anonymous"))
+        return tuple(row for row in found if row.bytes or row.name in ("weights", "activations"))
+
+    def total(length: int, block: int, **kinds) -> int:
+        return sum(row.bytes for row in rows(length, block, **kinds))
+
+    def longest(block: int, most: int, **kinds) -> int:
+        """The longest context that fits, 0 where none does; bytes grow with it, so halving finds it."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if total(middle, block, **kinds) <= memory:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    chunks = (chunk,) if chunk else CHUNKS
+    if memory is None:
+        length = context or min(card.max_context, DEFAULT_CONTEXT)
+        return Plan(rows(length, chunks[0]), length, slots, chunks[0], kv, None)
+    most = context or card.max_context
+    least = context or min(shortest, card.max_context)
+    for block in chunks:
+        length = longest(block, most)
+        # A long chunk is worth less than room for a conversation
+        if length >= (context or min(most, 1024)) or (block == chunks[-1] and length >= least):
+            length = length if length == most or length < 64 else length // 64 * 64
+            return Plan(rows(length, block), length, slots, block, kv, memory)
+    block = chunks[-1]
+    refused = Plan(rows(least, block), least, slots, block, kv, memory)
+    fixes = []
+    other = longest(block, most)
+    if other >= min(shortest, card.max_context):
+        fixes.append(f"ask for a context of {other} tokens")
+    if kv != "int8" and card.task == "generate" and total(least, block, kind="int8") <= memory:
+        fixes.append("keep the cache in int8 (kv='int8')")
+    if slots > 1 and total(least, block, count=1) <= memory:
+        fixes.append("ask for one slot")
+    fixes.append(f"allow {math.ceil(refused.total / MIB)} MiB")
+    fixes.append("convert with a recipe of fewer bits")
+    error = BudgetError(
+        f"The model does not fit {memory / MIB:.1f} MiB.", f"It would use {refused.total / MIB:.1f} MiB:\n{refused.table()}",
+        f"{fixes[0][0].upper()}{fixes[0][1:]}, or {fixes[1]}.",
+    )  # fmt: skip
+    error.plan = refused
+    raise error
+
+
+def activation_bytes(card: Card, chunk: int, context: int, slots: int) -> int:
+    """Peak bytes of a step's intermediate values, from the coefficients that the converter put on the card."""
+    per = card.activation_bytes
+    tokens = max(chunk, slots)
+    return (
+        per.get("fixed", 0) + per.get("token", 0) * tokens + per.get("score", 0) * tokens * context + 4 * card.vocab * slots
+    )
+
+
+def parse_size(text: "int | str | None") -> int | None:
+    """Bytes from 200MB, 1.5GiB, 800M or a number; decimal units are powers of 1000. Raises UsageError."""
+    if text is None or type(text) is int:
+        return text
+    units = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+    cleaned = str(text).strip().lower()
+    number = cleaned.rstrip("bikmgt")
+    unit = cleaned[len(number) :]
+    binary = unit.endswith("ib") or unit.endswith("i")
+    prefix = unit[:1] if unit else ""
+    try:
+        value = float(number)
+        if unit not in ("", "b", *(f"{p}{s}" for p in "kmgt" for s in ("", "b", "i", "ib"))):
+            raise ValueError
+        scale = 1024 ** "bkmgt".index(prefix) if binary else units[prefix]
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{text!r} is not a size.", "A size is a number and a unit.", "Write 200MB or 1.5GiB.") from None
+    return int(value * scale)

@@ -1,0 +1,223 @@
+"""A language model as an app sees it: prompts in, tokens out.
+
+    with shoal.load("model.shoal", memory="200MB") as model:
+        for token in model.generate("Why is the sky blue?"):
+            print(token.text, end="")
+
+Any thread may call `generate`; requests share steps (see scheduler.py). A `Generation` belongs to the thread that
+iterates it; its `cancel` may be called from any.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import cached_property
+
+from ..budget import Plan, parse_size
+from ..errors import BudgetError, BusyError, UsageError
+from ..loaded import Loaded
+from .chat import render
+from .decoder import Decoder
+from .sampling import Sampler, Sampling
+from .scheduler import Request, Scheduler, Stats, Token
+from .stop import StopStrings
+from .tokens import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[dict]
+
+
+class LanguageModel(Loaded):
+    """Made by `shoal.load`. `card`, `plan`, `tokenizer`, `chat_template` say what it is."""
+
+    def __init__(self, parts, tokenizer: Tokenizer, chat_template: str, decoder: Decoder, replan, queue: int = 256):
+        super().__init__(parts)
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.scheduler = Scheduler(decoder, queue=queue)
+        self._replan = replan
+
+    def generate(
+        self, prompt: Prompt, *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
+        sampling: Sampling | None = None, overflow: str = "refuse", tools: list | None = None, logprobs: int = 0,
+        constraint=None, timeout: float | None = None, raw: bool = False, **options,
+    ) -> "Generation":  # fmt: skip
+        """Starts an answer; iterate the result for its tokens.
+
+        `prompt` is a text, token ids, or chat messages ({"role", "content"}). A text goes through the chat template
+        where the model has one, unless `raw`. `max_tokens` None means until the model ends or the context is full.
+        `overflow` is "refuse" or "slide" (drop the oldest tokens, keep the first four). `logprobs` n gives the n
+        likeliest ids of each step. `constraint` comes from `model.constrain`. `timeout` in seconds bounds the whole
+        answer. `options` are Sampling's fields. Raises UsageError, ContextError, BusyError.
+        """
+        if sampling is not None and options:
+            raise UsageError("sampling and single options were both given.", "They overlap.", "Give one of them.")
+        sampling = sampling or Sampling.of(options)
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise UsageError(f"max_tokens is {max_tokens!r}.", "It must be a whole number of at least 1.", "Correct it.")
+        if type(logprobs) is not int or not 0 <= logprobs <= 100:
+            raise UsageError(f"logprobs is {logprobs!r}.", "It must be from 0 to 100.", "Correct it.")
+        if overflow not in ("refuse", "slide"):
+            raise UsageError(f"overflow is {overflow!r}.", "It is refuse or slide.", "Name one.")
+        request = Request(
+            ids=self.prompt_ids(prompt, tools=tools, raw=raw), max_tokens=max_tokens, sampler=Sampler(sampling),
+            detokenizer=self.tokenizer.stream(), stop=StopStrings((stop,) if isinstance(stop, str) else tuple(stop)),
+            ends=frozenset(self.card.eos), slide=overflow == "slide", top=logprobs, constraint=constraint,
+        )  # fmt: skip
+        self.scheduler.submit(request)
+        return Generation(self.scheduler, request, timeout)
+
+    def generate_batch(self, prompts: Sequence[Prompt], **options) -> "list[Generation]":
+        """Answers to several prompts, finished, in their order; they share steps as far as there are slots."""
+        running = []
+        for prompt in prompts:
+            while True:
+                try:
+                    running.append(self.generate(prompt, **options))
+                    break
+                except BusyError:  # the queue is full of our own: let the oldest that lives go on
+                    next((g for g in running if not g.finished), running[0])._advance()
+        for generation in running:
+            generation.finish()
+        return running
+
+    async def agenerate(self, prompt: Prompt, **options) -> AsyncIterator[Token]:
+        """`generate` for asyncio: steps run in worker threads, the event loop stays free. Leaving the loop early
+        cancels the answer and frees its slot."""
+        generation = await asyncio.to_thread(self.generate, prompt, **options)
+        try:
+            while (token := await asyncio.to_thread(next, generation, None)) is not None:
+                yield token
+        finally:
+            generation.cancel()
+
+    def prompt_ids(self, prompt: Prompt, *, tools: list | None = None, raw: bool = False) -> list[int]:
+        """Token ids of a prompt as `generate` takes it. Raises UsageError for one that is empty or out of range."""
+        if isinstance(prompt, str):
+            if raw or not self.chat_template:
+                ids = self.tokenizer.encode(prompt)
+                if self.card.add_bos and self.card.bos >= 0 and ids[:1] != [self.card.bos]:
+                    ids = [self.card.bos, *ids]
+            else:
+                return self.prompt_ids([{"role": "user", "content": prompt}], tools=tools)
+        elif all(isinstance(item, dict) for item in prompt):
+            ids = self.tokenizer.encode(self.render(prompt, tools=tools), special=False)  # type: ignore[arg-type]
+        else:
+            ids = [int(item) for item in prompt]  # type: ignore[arg-type]
+            if not all(0 <= item < self.card.vocab for item in ids):
+                raise UsageError("The prompt has a token id that the model lacks.", f"Ids are 0 to {self.card.vocab - 1}.", "Correct it.")
+        if not ids:
+            raise UsageError("The prompt is empty.", "It has no tokens.", "Give at least one token.")
+        return ids
+
+    def render(self, messages: Sequence[dict], *, tools: list | None = None) -> str:
+        """The text that the chat template makes of messages."""
+
+        def text(token: int) -> str:
+            return self.tokenizer.text_of(token) if token >= 0 else ""
+
+        eos = self.card.eos[0] if self.card.eos else -1
+        return render(
+            self.chat_template, list(messages), tools=tools,
+            bos_token=text(self.card.bos), eos_token=text(eos), pad_token=text(self.card.pad),
+        )  # fmt: skip
+
+    @cached_property
+    def _constrainer(self):
+        from .constrain import Constrainer
+
+        return Constrainer(self.tokenizer, self.card.vocab, self.card.eos)
+
+    def constrain(self, **grammar):
+        """A constraint for one `generate`: json_schema=, regex=, lark= or json_object=True. Needs llguidance."""
+        return self._constrainer.constrain(**grammar)
+
+    def set_memory(self, memory: "int | str") -> Plan:
+        """Grows or shrinks the elastic rows to a new budget between two steps, while answers go on.
+
+        Raises BudgetError, and changes nothing, where live answers need more than would remain.
+        """
+        return self._resize(memory=parse_size(memory))
+
+    def set_context(self, context: int) -> Plan:
+        """Like set_memory, by the length of the context."""
+        return self._resize(context=context)
+
+    def _resize(self, **wanted) -> Plan:
+        def work() -> Plan:
+            plan = self._replan(**wanted)
+            longest = self.scheduler.longest()
+            if plan.context <= longest:
+                error = BudgetError(
+                    f"The context cannot shrink to {plan.context} tokens now.", f"An answer under way holds {longest}.",
+                    "Wait for it to end, cancel it, or allow more memory.",
+                )  # fmt: skip
+                error.plan = plan
+                raise error
+            if plan.context != self.plan.context:
+                self.scheduler.decoder.resize(plan.context)
+            self.scheduler.decoder.chunk = plan.chunk
+            self.plan = plan
+            return plan
+
+        return self.scheduler.exclusively(work)
+
+    def close(self) -> None:
+        self.scheduler.close()
+        self.scheduler.exclusively(self.scheduler.decoder.close)
+        super().close()
+
+
+class Generation(Iterator[Token]):
+    """An answer under way. `text` is what has come so far, `stats` its figures."""
+
+    def __init__(self, scheduler: Scheduler, request: Request, timeout: float | None = None):
+        self._scheduler, self._request = scheduler, request
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self.text = ""
+
+    @property
+    def stats(self) -> Stats:
+        return self._request.stats
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens will be computed; some may wait to be taken."""
+        return self._request.done
+
+    def __next__(self) -> Token:
+        request = self._request
+        while True:
+            if request.ready:
+                token = request.ready.popleft()
+                self.text += token.text
+                return token
+            if request.error is not None:
+                raise request.error
+            if request.done:
+                raise StopIteration
+            self._advance()
+
+    def _advance(self) -> None:
+        left = None if self._deadline is None else self._deadline - time.monotonic()
+        if left is not None and left <= 0:
+            self.cancel()
+            raise BusyError("The answer took too long.", "Its timeout has passed.", "Allow more time or ask for fewer tokens.")
+        self._scheduler.pump(self._request, left)
+
+    def finish(self) -> str:
+        """Takes the remaining tokens; returns the whole text."""
+        for _ in self:
+            pass
+        return self.text
+
+    def cancel(self) -> None:
+        """Ends the answer before its next token; its slot is free at the next step, whoever takes it."""
+        self._request.cancelled = True
+        self._scheduler.release_cancelled()
+
+    close = cancel
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.cancel()

@@ -1,0 +1,76 @@
+"""Talk with a model: one line, one answer. /reset forgets, /exit ends; Ctrl-C stops an answer, not the conversation."""
+
+import argparse
+
+from .. import options
+
+NAME = "chat"
+HELP = "talk with a model"
+_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_bundle(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    options.add_sampling(parser)
+    options.add_loading(parser, slots=False)
+    options.add_threads(parser)
+
+
+def run(arguments: argparse.Namespace, show) -> int:
+    from shoal.runtime.errors import UsageError
+    from shoal.runtime.model import load
+
+    keywords = options.loading(arguments) | {"threads": arguments.threads}
+    with load(arguments.bundle, progress=show.progress, **keywords) as model:
+        if model.card.task != "generate":
+            raise UsageError(f"{model.card.name} cannot chat.", "It embeds texts.", "Use: shoal run BUNDLE TEXT.")
+        show.note(f"{model.card.name}, context {model.plan.context} tokens. {_HELP}")
+        _converse(model, arguments, show)
+    return 0
+
+
+def _converse(model, arguments: argparse.Namespace, show) -> None:
+    from shoal.runtime.errors import ShoalError
+
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(opening)
+    while True:
+        try:
+            line = _read()
+        except KeyboardInterrupt:
+            show.line()
+            continue
+        if line is None or line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(opening)
+            show.note("The conversation is forgotten.")
+        elif line.startswith("/"):
+            show.note(_HELP)
+        elif line:
+            try:
+                messages = _turn(model, [*messages, {"role": "user", "content": line}], arguments, show)
+            except ShoalError as error:
+                show.error(error)
+
+
+def _turn(model, messages: list[dict], arguments: argparse.Namespace, show) -> list[dict]:
+    """Shows one answer and returns the conversation with it. An answer that was stopped stays, as far as it came."""
+    prompt: str | list[dict] = messages if model.chat_template else messages[-1]["content"]
+    with model.generate(prompt, **options.sampling(arguments)) as answer:
+        try:
+            for token in answer:
+                show.text(token.text)
+        except KeyboardInterrupt:
+            answer.cancel()
+        show.line()
+        return [*messages, {"role": "assistant", "content": answer.text}]
+
+
+def _read() -> str | None:
+    """A line from a person, without its end; None at the end of input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None

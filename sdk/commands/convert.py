@@ -1,0 +1,44 @@
+"""Turn a checkpoint (a GGUF file or a Hugging Face folder) into one bundle."""
+
+import argparse
+
+from .. import options
+
+NAME = "convert"
+HELP = "turn a checkpoint into a bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a .gguf file, or a folder with config.json and safetensors")
+    parser.add_argument("-o", "--out", metavar="OUT", help="the bundle to write (default: SOURCE.RECIPE.shoal, here)")
+    parser.add_argument("--recipe", default="int4", metavar="NAME|FILE.toml", help="fp32, int8, int4 (default), int4-gptq")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with the source")
+    parser.add_argument("--calibration-text", metavar="FILE", help="text that a calibrated recipe sees (UTF-8)")
+    options.add_json(parser)
+
+
+def run(arguments: argparse.Namespace, show) -> int:
+    from shoal.converters.convert import convert
+
+    report = convert(
+        arguments.source,
+        arguments.out or default_out(arguments.source, arguments.recipe),
+        recipe=arguments.recipe,
+        overwrite=arguments.overwrite,
+        parity=arguments.parity,
+        calibration_text=arguments.calibration_text,
+        progress=show.progress,
+    )
+    show.table(report.rows)
+    show.json(report.to_dict())
+    return 0
+
+
+def default_out(source: str, recipe: str) -> str:
+    """In the current folder: the source's name without .gguf, the recipe's name, .shoal."""
+    from pathlib import Path
+
+    name = Path(source).resolve().name
+    stem = name[:-5] if name.lower().endswith(".gguf") else name
+    return f"{stem}.{Path(recipe).stem}.shoal"

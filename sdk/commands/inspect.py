@@ -1,0 +1,86 @@
+"""Show what is in a bundle: its card, its recipe, its sections and how close it is to its source. Loads no engine."""
+
+import argparse
+import json
+
+from .. import options
+
+NAME = "inspect"
+HELP = "show what is in a bundle"
+_CARD = ("name", "model_type", "task", "blocks", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_context",
+         "source")  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_bundle(parser)
+    parser.add_argument("--verify", action="store_true", help="read every byte and check every digest")
+    options.add_json(parser)
+
+
+def run(arguments: argparse.Namespace, show) -> int:
+    from shoal.runtime.bundle import Bundle
+
+    from ..show import size
+
+    with Bundle.open(arguments.bundle) as bundle:
+        if arguments.verify:
+            bundle.verify(progress=show.progress)
+        found = describe(bundle)
+    found["verified"] = arguments.verify
+    show.json(found)
+    show.table([("bundle", found["path"]), ("size", size(found["bytes"])), ("format", found["format"]),
+                ("digest", found["digest"])])  # fmt: skip
+    card = found["card"] or {}
+    show.line("\ncard")
+    show.table([(f"  {field}", str(card[field])) for field in _CARD if field in card])
+    for kind in ("recipe", "parity"):
+        if found[kind]:
+            show.line(f"\n{kind}")
+            show.table([(f"  {key}", _brief(value)) for key, value in found[kind].items()])
+    show.line()
+    show.table(
+        [(s["kind"], s["name"], s["offset"], s["bytes"], s["alignment"], "yes" if s["required"] else "", s["sha256"][:16])
+         for s in found["sections"]],
+        heading=("section", "name", "offset", "bytes", "aligned", "required", "sha256"),
+    )  # fmt: skip
+    if found["graphs"]:
+        show.line()
+        show.table(
+            [(g["name"], g["role"], g["backend"], g["chunk"] or "any", f"{g['first_block']} to {g['last_block']}")
+             for g in found["graphs"]],
+            heading=("graph", "role", "backend", "chunk", "blocks"),
+        )  # fmt: skip
+    if arguments.verify:
+        show.line(f"\nverified: {len(found['sections'])} sections, every digest is right")
+    return 0
+
+
+def describe(bundle) -> dict:
+    """An open bundle as one JSON value."""
+
+    def content(kind: str):
+        section = bundle.find(kind)
+        return json.loads(bundle.bytes(section)) if section else None
+
+    return {
+        "path": str(bundle.path),
+        "bytes": bundle.length,
+        "format": ".".join(map(str, bundle.version)),
+        "digest": bundle.digest,
+        "card": content("card"),
+        "recipe": content("recipe"),
+        "parity": content("parity"),
+        "sections": [
+            {"kind": s.kind, "name": s.name, "offset": s.offset, "bytes": s.length, "alignment": s.alignment,
+             "required": s.required, "sha256": s.sha256.hex()} for s in bundle.sections
+        ],
+        "graphs": [
+            {"name": g.name, "role": g.role, "backend": g.backend, "chunk": g.chunk, "first_block": g.first_block,
+             "last_block": g.last_block} for g in bundle.graphs
+        ],
+    }  # fmt: skip
+
+
+def _brief(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

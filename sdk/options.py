@@ -1,0 +1,65 @@
+"""Arguments that several verbs share, and the keywords that they become. Knows nothing about what a verb does."""
+
+import argparse
+from typing import Any
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", help="a file that `shoal convert` wrote")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON value on stdout and nothing else there")
+
+
+def add_loading(parser: argparse.ArgumentParser, slots: bool = True) -> None:
+    """What decides how much memory a loaded model uses."""
+    group = parser.add_argument_group("memory")
+    group.add_argument("--memory", metavar="SIZE", help="all the model may use, such as 200MB or 1.5GiB")
+    group.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer (default: what fits)")
+    if slots:
+        group.add_argument("--slots", type=int, default=1, metavar="N", help="answers at the same time (default: 1)")
+    group.add_argument("--kv", choices=("fp32", "int8"), default="fp32", help="how keys and values are kept")
+
+
+def loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `load` and `plan`."""
+    return {
+        "memory": arguments.memory,
+        "context": arguments.context,
+        "slots": getattr(arguments, "slots", 1),
+        "kv": arguments.kv,
+    }
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of the engine (default: every core)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How a token is chosen. The defaults are greedy: the same answer every time."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="the longest answer (default: 256)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default: 0)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest; 0 is all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that hold P together")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only those P times as likely as the likeliest")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `generate`."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)}
+
+
+def speeds(stats) -> str:
+    """One line about a finished answer."""
+    reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
+    return (
+        f"{stats.prompt_tokens} prompt tokens{reused} at {stats.prefill_tokens_per_s:.0f} tokens/s, "
+        f"{stats.generated_tokens} tokens at {stats.decode_tokens_per_s:.1f} tokens/s, "
+        f"first after {stats.time_to_first_token_s:.2f} s, ended by {stats.finish}"
+    )

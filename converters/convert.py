@@ -24,8 +24,8 @@ from shoal.runtime.measure import PeakAnonymous
 
 from . import architectures, parity
 from . import recipe as recipes
-from .calibrate import calibrate
 from .caches import cache_scales
+from .calibrate import calibrate
 from .graph import GraphBuilder
 from .recipe import Recipe
 from .report import Report
@@ -45,20 +45,26 @@ def convert(
     """
     chosen = recipes.load(recipe)
     if calibration_text is not None:
-        chosen = dataclasses.replace(chosen, calibration=dataclasses.replace(chosen.calibration, text=str(calibration_text)))
+        chosen = dataclasses.replace(
+            chosen, calibration=dataclasses.replace(chosen.calibration, text=str(calibration_text))
+        )
     seconds: dict[str, float] = {}
     with open_source(source) as checkpoint, PeakAnonymous() as peak, create(out, overwrite=overwrite) as writer:
         architecture, card = architectures.find(checkpoint)
         tokenizer_json = checkpoint.tokenizer()
         tokenizer = Tokenizer.from_json(tokenizer_json)
+        card = dataclasses.replace(card, tokenizer_bytes=tokenizer.nbytes)
         with writer.section("weights", "weights", alignment=4096, required=True) as section:
             weights = Weights(checkpoint, chosen, section, progress)
             if chosen.method != "rtn" and card.task == "generate":
                 with timed(seconds, "calibrate"):
-                    calibrate(architecture, card, checkpoint, weights, calibration_rows(chosen, card, tokenizer), progress)
+                    calibrate(
+                        architecture, card, checkpoint, weights, calibration_rows(chosen, card, tokenizer), progress
+                    )
             with timed(seconds, "convert"):
                 graph = build(architecture, card, weights)
-        places = {"weights": session.Place(str(writer.path), section.offset, section.length)}
+        stored = writer.sections[-1]
+        places = {"weights": session.Place(str(writer.path), stored.offset, stored.length)}
         with timed(seconds, "graphs"):
             graphs = {"decode" if card.task == "generate" else "embed": graph}
             if card.task == "generate":
@@ -76,7 +82,9 @@ def convert(
         compared = baseline = None
         if check_parity:
             with timed(seconds, "parity"):
-                compared = parity.compare(checkpoint, architecture, card, weights, graph, places, tokenizer, HELDOUT, progress)
+                compared = parity.compare(
+                    checkpoint, architecture, card, weights, graph, places, tokenizer, HELDOUT, progress
+                )
                 if chosen.method != "rtn":
                     baseline = _rounded_to_nearest(checkpoint, architecture, card, chosen, tokenizer, progress)
             figures = {"parity": compared.to_dict(), "baseline": baseline and baseline.to_dict()}
@@ -84,12 +92,12 @@ def convert(
         with timed(seconds, "write"):
             progress(Event("write", detail=str(out)))
             writer.commit()
-        stored = {part.name: part.length for matrix in weights.matrices.values() for part in matrix.parts()}
+        parts = {part.name: part.length for matrix in weights.matrices.values() for part in matrix.parts()}
         counted = sum(matrix.outputs * matrix.inputs for matrix in weights.matrices.values())
         return Report(
             bundle=str(out), source=checkpoint.describe(), model_type=card.model_type, recipe=chosen.name,
             source_bytes=sum(info.bytes for info in checkpoint.tensors().values()), bundle_bytes=Path(out).stat().st_size,
-            bits_per_weight=8 * sum(stored.values()) / max(counted, 1), seconds=seconds, peak_bytes=peak.bytes,
+            bits_per_weight=8 * sum(parts.values()) / max(counted, 1), seconds=seconds, peak_bytes=peak.bytes,
             parity=compared and compared.to_dict(), baseline=baseline and baseline.to_dict(),
         )  # fmt: skip
 
@@ -109,14 +117,18 @@ def calibration_rows(recipe: Recipe, card: Card, tokenizer: Tokenizer) -> np.nda
         try:
             text = Path(wanted.text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"The calibration text {wanted.text} cannot be read.", str(error), "Give a UTF-8 file.") from None
+            raise SourceError(
+                f"The calibration text {wanted.text} cannot be read.", str(error), "Give a UTF-8 file."
+            ) from None
     length = min(wanted.length, card.max_context)
     rows = max(1, wanted.tokens // length)
     # A generous cut: no tokenizer here makes more than one token a byte
     ids = tokenizer.encode(text[: rows * length * 16], special=False)
     if len(ids) < length:
         raise SourceError(
-            "The calibration text is too short.", f"It has {len(ids)} tokens, a row needs {length}.", "Give a longer text."
+            "The calibration text is too short.",
+            f"It has {len(ids)} tokens, a row needs {length}.",
+            "Give a longer text.",
         )
     starts = np.linspace(0, len(ids) - length, min(rows, math.ceil(len(ids) / length))).astype(int)
     return np.array([ids[start : start + length] for start in starts], np.int64)

@@ -89,12 +89,16 @@ class GraphBuilder:
         offset = self._external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
         if self.taps and names not in self.tapped:
             self.tapped[names] = f"tap.{names[0]}"
-            self.output(self.op("Identity", x), self.tapped[names], "float32", ["batch", f"tokens.{names[0]}", matrix.inputs])
+            self.output(
+                self.op("Identity", x), self.tapped[names], "float32", ["batch", f"tokens.{names[0]}", matrix.inputs]
+            )
         return self._product(matrix, x, offset)
 
     def head(self, name: str, x: ir.Value) -> ir.Value:
         """Logits: x [rows, hidden] times the transposed head or, when it is tied, the embedding."""
-        return self._product(self.weights.matrix((name,), "embedding" if name.endswith("embed_tokens.weight") else "head"), x)
+        return self._product(
+            self.weights.matrix((name,), "embedding" if name.endswith("embed_tokens.weight") else "head"), x
+        )
 
     def embed(self, name: str, tokens: ir.Value) -> ir.Value:
         """Rows of the table `name` [vocab, hidden] at `tokens`."""
@@ -104,10 +108,13 @@ class GraphBuilder:
         # The same bytes as the head's [outputs, groups, blob], seen as rows
         rows = table.values.reshaped(f"{table.values.name}.rows", (table.outputs, table.values.length // table.outputs))
         zeros = None if table.zeros is None else self._external(table.zeros)
-        return self.op(
+        found = self.op(
             "GatherBlockQuantized", self._external(rows), tokens, self._external(table.scales), zeros,
             domain=MICROSOFT, bits=table.format.bits, block_size=table.format.group, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
+        if table.inputs % table.format.group:  # the last group's padding
+            found = self.op("Slice", found, self.constant([0]), self.constant([table.inputs]), self.constant([-1]))
+        return found
 
     def serialize(self) -> bytes:
         """The ONNX model, deterministic for the same calls."""

@@ -45,7 +45,9 @@ class Calibration:
 
     def __post_init__(self):
         if not 16 <= self.length <= 8192 or not self.length <= self.tokens <= 1 << 22:
-            raise _refuse(f"calibration has {self.tokens} tokens in rows of {self.length}", "16 to 8192 a row, one row or more")
+            raise _refuse(
+                f"calibration has {self.tokens} tokens in rows of {self.length}", "16 to 8192 a row, one row or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ def load(recipe: "str | Path | Recipe") -> Recipe:
     path = Path(recipe)
     if path.suffix != ".toml":
         raise UsageError(
-            f"There is no recipe {str(recipe)!r}.", f"The named ones are {', '.join(NAMED)}.", "Name one, or a .toml file."
+            f"There is no recipe {str(recipe)!r}.",
+            f"The named ones are {', '.join(NAMED)}.",
+            "Name one, or a .toml file.",
         )
     try:
         with open(path, "rb") as file:
@@ -106,7 +110,9 @@ def load(recipe: "str | Path | Recipe") -> Recipe:
     except OSError as error:
         raise UsageError(f"The recipe {path} cannot be read.", str(error), "Check the path.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"The recipe {path} is not TOML.", str(error), "Mend the line that the message names.") from None
+        raise UsageError(
+            f"The recipe {path} is not TOML.", str(error), "Mend the line that the message names."
+        ) from None
     return _recipe({"name": path.stem, **raw})
 
 

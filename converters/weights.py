@@ -98,7 +98,9 @@ class Weights:
         if format.bits == 32:
             for rows in self._slices(names):
                 self.sink.write(np.ascontiguousarray(rows, np.float32))
-            return Matrix(format, outputs, inputs, Stored(label, "float32", (outputs, inputs), start, self.sink.tell() - start))
+            return Matrix(
+                format, outputs, inputs, Stored(label, "float32", (outputs, inputs), start, self.sink.tell() - start)
+            )
         scales, zeros = [], []
         hessian = self.hessians.get(names)
         rounding = gptq.Rounding(hessian, format) if hessian is not None else None
@@ -111,7 +113,9 @@ class Weights:
         blob = format.group * format.bits // 8
         values = Stored(f"{label}.codes", "uint8", (outputs, groups, blob), start, self.sink.tell() - start)
         stored_scales = self._write(f"{label}.scales", np.concatenate(scales))
-        stored_zeros = None if format.symmetric else self._write(f"{label}.zeros", rtn.pack(np.concatenate(zeros), format.bits))
+        stored_zeros = (
+            None if format.symmetric else self._write(f"{label}.zeros", rtn.pack(np.concatenate(zeros), format.bits))
+        )
         return Matrix(format, outputs, inputs, values, stored_scales, stored_zeros)
 
     def _slices(self, names: tuple[str, ...]) -> Iterator[np.ndarray]:

@@ -7,7 +7,7 @@ nothing else. It knows nothing about files, graphs or execution providers.
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .errors import BundleError
 
@@ -56,7 +56,7 @@ class Card:
     pooling: str = ""  # embed: mean or cls
     normalize: bool = False  # embed: unit length
     source: str = ""  # what it was converted from, for a person
-    activation_bytes: dict[str, int] = field(default_factory=dict)  # see budget.py
+    tokenizer_bytes: int = 0  # what the tokenizer holds in memory
 
     def to_json(self) -> bytes:
         """Deterministic UTF-8 JSON."""
@@ -91,10 +91,6 @@ class Card:
                 value = tuple(_rope(entry, refuse) for entry in _list(value, item.name, refuse))
             elif item.name in ("rope_of", "windows", "eos"):
                 value = tuple(_integer(entry, item.name, refuse) for entry in _list(value, item.name, refuse))
-            elif item.name == "activation_bytes":
-                if not isinstance(value, dict):
-                    raise refuse(item.name, "is not an object")
-                value = {str(key): _integer(entry, item.name, refuse) for key, entry in value.items()}
             elif item.type is int or item.type == "int":
                 value = _integer(value, item.name, refuse)
             elif item.type is float or item.type == "float":

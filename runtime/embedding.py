@@ -12,9 +12,9 @@ from .loaded import Loaded, Parts
 class EmbeddingModel(Loaded):
     """Made by `shoal.load` from an encoder's bundle. Threads may share it."""
 
-    def __init__(self, parts: Parts, tokenizer: Tokenizer, graph, batch: int):
+    def __init__(self, parts: Parts, tokenizer: Tokenizer, graph):
         super().__init__(parts)
-        self.tokenizer, self.graph, self.batch = tokenizer, graph, batch
+        self.tokenizer, self.graph = tokenizer, graph
 
     def embed(self, texts: str | Sequence[str]) -> np.ndarray:
         """fp32 [texts, hidden]; a text beyond the model's context is cut at its end, as the original does.
@@ -28,9 +28,13 @@ class EmbeddingModel(Loaded):
         encoded = [self._cut(self.tokenizer.encode(text)) for text in texts]
         found = np.empty((len(texts), self.card.hidden), np.float32)
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
-        for start in range(0, len(order), self.batch):
-            chosen = order[start : start + self.batch]
-            length = max(1, max(len(encoded[index]) for index in chosen))
+        while order:
+            # Texts come shortest first: as many as stay within the planned tokens of a step
+            count = 1
+            while count < len(order) and (count + 1) * len(encoded[order[count]]) <= self.plan.chunk:
+                count += 1
+            chosen, order = order[:count], order[count:]
+            length = max(1, len(encoded[chosen[-1]]))
             tokens = np.full((len(chosen), length), max(self.card.pad, 0), np.int64)
             mask = np.zeros((len(chosen), length), np.int64)
             for row, index in enumerate(chosen):

@@ -7,6 +7,7 @@ from .budget import Plan
 from .bundle import Bundle
 from .card import Card
 from .errors import BackendError
+from .prepack import Prepared
 
 
 @dataclass
@@ -21,6 +22,20 @@ class Parts:
     added: dict[str, int] = field(default_factory=dict)  # row name -> anonymous bytes
     placement: dict[str, int] = field(default_factory=dict)  # execution provider -> nodes
     load_s: float = 0.0
+    prepared: Prepared | None = None
+
+    base: int | None = None  # anonymous bytes when loading was done
+
+    def ready(self) -> None:
+        """Loading is done: what the process holds beyond this is activations."""
+        self.base = measure.anonymous_bytes()
+
+    def grew(self, row: str, before: int | None) -> int | None:
+        """Notes what `row` added to the anonymous bytes since `before`; returns what they are now."""
+        now = measure.anonymous_bytes()
+        if now is not None and before is not None:
+            self.added[row] = max(0, now - before)
+        return now
 
 
 class Loaded:
@@ -43,12 +58,17 @@ class Loaded:
                 found[row.name] = measure.mapped_rss(self.parts.mapped[row.name])
             else:
                 found[row.name] = self.parts.added.get(row.name)
+        now = measure.anonymous_bytes()
+        if now is not None and self.parts.base is not None:
+            found["activations"] = max(0, now - self.parts.base)
         return found
 
     def close(self) -> None:
         if not self.closed:
             self.closed = True
             self.bundle.close()
+            if self.parts.prepared:
+                self.parts.prepared.close()
 
     def _open(self) -> None:
         if self.closed:

@@ -1,7 +1,7 @@
 """`shoal`: finds the verb, runs it, turns what it raises into three lines and an exit status.
 
-A verb is a module of `shoal.commands`: NAME and HELP (strings), add_arguments(parser), run(arguments, show) -> int. It is
-found by its file name and imported only when it is asked for; a verb keeps its own imports of libraries inside run().
+A verb is a module of `shoal.commands`: NAME and HELP (strings), add_arguments(parser), run(arguments, show) -> int.
+It is found by its file name and imported only when it is asked for; it imports libraries inside run().
 The exit statuses are listed in docs/errors.md.
 """
 

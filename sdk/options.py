@@ -33,7 +33,7 @@ def loading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of the engine (default: every core)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine (default: every core)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default: 0)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest; 0 is all")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that hold P together")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only those P times as likely as the likeliest")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="only those at least P times as likely as the best"
+    )
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
@@ -63,3 +65,13 @@ def speeds(stats) -> str:
         f"{stats.generated_tokens} tokens at {stats.decode_tokens_per_s:.1f} tokens/s, "
         f"first after {stats.time_to_first_token_s:.2f} s, ended by {stats.finish}"
     )
+
+
+def figures(stats) -> dict[str, Any]:
+    """A finished answer's figures as JSON."""
+    from dataclasses import asdict
+
+    return asdict(stats) | {
+        "prefill_tokens_per_s": stats.prefill_tokens_per_s,
+        "decode_tokens_per_s": stats.decode_tokens_per_s,
+    }

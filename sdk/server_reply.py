@@ -41,10 +41,12 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    begun: bool = False
     finish: str | None = None
 
     def push(self, token: Any) -> Piece:
         """Takes a runtime Token."""
+        self.begun = True
         entry = self.describe(token) if self.describe else None
         text, calls = self.reader.push(token.text) if self.reader else (token.text, [])
         return self._add(text, calls, entry)

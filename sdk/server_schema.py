@@ -272,7 +272,7 @@ def _bias(fields: Fields) -> dict[int, float]:
     if len(raw) > 1024:
         raise fields.refuse("logit_bias", "It has more than 1024 entries.", "Send fewer.")
     inner = Fields(raw, "logit_bias")
-    if wrong := next((key for key in raw if not re.fullmatch(r"[0-9]{1,9}", key)), None):
+    for wrong in (key for key in raw if not re.fullmatch(r"[0-9]{1,9}", key)):
         raise inner.refuse(wrong, "The key is not a token id.", "Use token ids as keys.")
     return {int(key): inner.number(key, -100, 100, 0) for key in raw}
 

@@ -85,43 +85,46 @@ class CallReader:
     def __init__(self, names: list[str]):
         self._names = frozenset(names)
         self._held = ""
-        self._called = False
         self._begun = False  # something other than white space has been let through or recognised
+        self._bare = False  # a call came last: white space between calls is not text
 
     def push(self, piece: str) -> tuple[str, list[Call]]:
         """(text that is certainly text, calls that are complete) after one more piece."""
         self._held += piece
         text, calls = "", []
-        while self._held:
-            if not self._begun and self._held.lstrip()[:1] in ("", "{"):
-                break
+        while self._begun or self._held.lstrip()[:1] not in ("", "{"):
+            self._begun = True
             start = self._held.find(_OPEN)
             if start < 0:
-                keep = _overlap(self._held, _OPEN)
-                text += self._held[: len(self._held) - keep]
-                self._held = self._held[len(self._held) - keep :]
-                self._begun = True
+                text += self._shown(len(self._held) - _overlap(self._held, _OPEN))
                 break
-            end = self._held.find(_CLOSE, start)
-            text += self._held[:start]
-            self._begun = True
+            text += self._shown(start)
+            end = self._held.find(_CLOSE)
             if end < 0:
-                self._held = self._held[start:]
                 break
-            whole, self._held = self._held[start : end + len(_CLOSE)], self._held[end + len(_CLOSE) :]
-            call = self._call(whole[len(_OPEN) : -len(_CLOSE)])
-            calls += [call] if call else []
-            text += "" if call else whole
-            self._called |= call is not None
-        return ("" if self._called and not text.strip() else text), calls
+            call = self._call(self._held[len(_OPEN) : end])
+            end += len(_CLOSE)
+            if call:
+                calls.append(call)
+                self._held, self._bare = self._held[end:], True
+            else:
+                text += self._shown(end)
+        return text, calls
 
     def flush(self) -> tuple[str, list[Call]]:
         """What was held back, at the end of the answer. A call whose closing tag is missing still counts."""
-        held, self._held = self._held, ""
-        call = self._call(held.strip().removeprefix(_OPEN))
-        if call or (self._called and not held.strip()):
-            return "", [call] if call else []
-        return held, []
+        if call := self._call(self._held.strip().removeprefix(_OPEN)):
+            self._held = ""
+            return "", [call]
+        return self._shown(len(self._held)), []
+
+    def _shown(self, count: int) -> str:
+        """Takes `count` characters out of what is held, as text."""
+        text, self._held = self._held[:count], self._held[count:]
+        if self._bare:
+            text = text.lstrip()
+            self._bare = not text
+        return text
 
     def _call(self, body: str) -> Call | None:
         try:

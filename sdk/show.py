@@ -137,12 +137,12 @@ def align(rows: Iterable[Sequence[object]], heading: Sequence[str] = ()) -> list
 
 
 def size(count: float) -> str:
-    """`count` bytes with three figures and a decimal unit: 4096 is 4.10 KB."""
+    """`count` bytes with three figures and a binary unit: 4096 is 4.00 KiB."""
     unit = "B"
-    for larger in ("KB", "MB", "GB", "TB"):
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(count) < 999.5:
             break
-        count, unit = count / 1000, larger
+        count, unit = count / 1024, larger
     decimals = 0 if unit == "B" or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
     return f"{count:.{decimals}f} {unit}"
 

@@ -30,7 +30,7 @@ def find(source) -> tuple[ModuleType, Card]:
     config = source.config()
     model_type = config.get("model_type")
     families = _families()
-    if model_type not in families:
+    if not isinstance(model_type, str) or model_type not in families:
         raise ConvertError(
             f"A model of type {model_type!r} cannot be converted.",
             "shoal has no architecture of that name.",
@@ -42,10 +42,12 @@ def find(source) -> tuple[ModuleType, Card]:
     present = source.tensors()
     if card is not None:
         for name, shape in architecture.tensors(card).items():
+            # A negative length is the least that a table must have
+            wanted = "[" + ", ".join(str(n) if n >= 0 else f"{-n} or more" for n in shape) + "]"
             if name not in present:
-                problems.append(f"tensor {name} {list(shape)} is missing")
-            elif tuple(present[name].shape) != tuple(shape):
-                problems.append(f"tensor {name} is {list(present[name].shape)}, not {list(shape)}")
+                problems.append(f"tensor {name} {wanted} is missing")
+            elif not _fits(tuple(present[name].shape), shape):
+                problems.append(f"tensor {name} is {list(present[name].shape)}, not {wanted}")
     if problems or card is None:
         shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
         raise ConvertError(
@@ -53,6 +55,10 @@ def find(source) -> tuple[ModuleType, Card]:
             "Use a complete checkpoint of a supported model; nothing was written.",
         )  # fmt: skip
     return architecture, card
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(found) == len(wanted) and all(n == m or n >= -m > 0 for n, m in zip(found, wanted, strict=True))
 
 
 class Config:

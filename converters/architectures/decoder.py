@@ -62,12 +62,12 @@ def norm(step: Step, weight: ir.Value) -> ir.Value:
 
 def rms(step: Step, x: ir.Value, weight: ir.Value) -> ir.Value:
     """RMS norm of any tensor over its last axis."""
-    return step.g.op(
-        "SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=step.card.norm_eps, stash_type=1
-    )
+    return step.g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=step.card.norm_eps, stash_type=1)
 
 
-def attention(step: Step, x: ir.Value, prefix: str, block: int, norms: tuple[ir.Value, ir.Value] | None = None) -> ir.Value:
+def attention(
+    step: Step, x: ir.Value, prefix: str, block: int, norms: tuple[ir.Value, ir.Value] | None = None
+) -> ir.Value:
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions, over the cache of `block`.
 
     Q, K and V are one product; with `norms` (Q's, K's) each head is normalised before it is rotated.
@@ -116,7 +116,7 @@ def end(step: Step, blocks: range, weight, head: str) -> None:
     g.scope("head")
     x = step.x if step.residual is None else g.op("Add", step.x, step.residual)
     if blocks.stop < card.blocks:
-        g.output(x, "hidden", "float32", ["batch", "tokens", card.hidden])
+        g.output(x, "hidden_out", "float32", ["batch", "tokens", card.hidden])
         return
     rows = g.input("rows", "int64", ["rows"])
     x = g.op("Gather", g.op("Reshape", x, g.constant([-1, card.hidden])), rows, axis=0)
@@ -157,7 +157,9 @@ def decoder_card(config, source: str, *, activation: str | None = None, **overri
     blocks = config.integer("num_hidden_layers", high=1024)
     context = config.integer("max_position_embeddings", 2048, high=1 << 28)
     named = config.text("hidden_activation") or config.text("hidden_act", "silu")
-    chosen = activation or {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}.get(named)
+    chosen = activation or {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}.get(
+        named
+    )
     if chosen is None:
         config.refuse(f"activation {named!r} is not supported")
     kv_heads = config.integer("num_key_value_heads", heads)
@@ -210,7 +212,11 @@ def rope(config, dims: int, theta: float | None = None, scaling: dict | None = N
         return Rope(tuple(f / number("factor") for f in plain))
     if kind == "factors":
         factors = scaling.get("factors")
-        if not isinstance(factors, list) or len(factors) != len(plain) or not all(isinstance(f, float) and f > 0 for f in factors):
+        if (
+            not isinstance(factors, list)
+            or len(factors) != len(plain)
+            or not all(isinstance(f, float) and f > 0 for f in factors)
+        ):
             config.refuse(f"rope_scaling.factors are not {len(plain)} positive numbers")
             return Rope(tuple(plain))
         return Rope(tuple(f / factor for f, factor in zip(plain, factors, strict=True)))
@@ -227,7 +233,9 @@ def rope(config, dims: int, theta: float | None = None, scaling: dict | None = N
         return Rope(tuple(scaled(f) for f in plain))
     if kind == "yarn":
         factor, fast, slow = number("factor"), number("beta_fast", 32.0), number("beta_slow", 1.0)
-        original = number("original_max_position_embeddings", config.integer("max_position_embeddings", 2048, high=1 << 28))
+        original = number(
+            "original_max_position_embeddings", config.integer("max_position_embeddings", 2048, high=1 << 28)
+        )
 
         def pair(turns: float) -> float:
             return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))

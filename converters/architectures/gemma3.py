@@ -52,7 +52,9 @@ def tensors(card: Card) -> dict[str, tuple[int, ...]]:
 
 def build(g: GraphBuilder, card: Card, blocks: range) -> None:
     def weight(name: str):
-        return g.plain(f"{name}.weight", lambda stored: stored + np.float32(1))  # Gemma stores the norm's offset from one
+        return g.plain(
+            f"{name}.weight", lambda stored: stored + np.float32(1)
+        )  # Gemma stores the norm's offset from one
 
     step = decoder.begin(g, card, blocks, "model.embed_tokens.weight")
     for block in blocks:

@@ -17,7 +17,7 @@ DIGESTED = 32  # bytes of the header under the digest: all that come before it
 INDEX_ALIGNMENT = 8
 MAX_INDEX = 16 << 20
 MAX_ALIGNMENT = 1 << 20
-MAX_SECTIONS = 4096
+MAX_SECTIONS = 1024
 MAX_GRAPHS = 1024
 MAX_NAME = 255
 MAX_GAPS = 64 << 20  # all gaps together: opening a file reads them, so a hostile one must not hold gigabytes
@@ -25,7 +25,7 @@ MAX_GAPS = 64 << 20  # all gaps together: opening a file reads them, so a hostil
 KINDS = frozenset({"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity"})
 RESERVED = frozenset({"stack", "experts", "modes", "codec", "adapter", "context_binary", "signature"})
 
-_WORD = re.compile(r"[a-z][a-z0-9_.-]{0,63}", re.ASCII)
+_WORD = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
 
 
 class Header(NamedTuple):

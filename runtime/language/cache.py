@@ -83,7 +83,9 @@ class Cache:
             region = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
             raise BudgetError(
-                f"The key-value cache for {context} tokens cannot be allocated.", str(error), "Ask for a shorter context."
+                f"The key-value cache for {context} tokens cannot be allocated.",
+                str(error),
+                "Ask for a shorter context.",
             ) from None
         array = np.frombuffer(region, dtype, count=size // dtype.itemsize).reshape(shape)
         array[...] = 0

@@ -13,10 +13,10 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import cached_property
 
+from .. import measure
 from ..budget import Plan, parse_size
 from ..errors import BudgetError, BusyError, UsageError
 from ..loaded import Loaded
-from .chat import render
 from .decoder import Decoder
 from .sampling import Sampler, Sampling
 from .scheduler import Request, Scheduler, Stats, Token
@@ -38,7 +38,8 @@ class LanguageModel(Loaded):
     def generate(
         self, prompt: Prompt, *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
         sampling: Sampling | None = None, overflow: str = "refuse", tools: list | None = None, logprobs: int = 0,
-        constraint=None, timeout: float | None = None, raw: bool = False, **options,
+        constraint=None, timeout: float | None = None, raw: bool = False, ignore_end: bool = False,
+        **options,
     ) -> "Generation":  # fmt: skip
         """Starts an answer; iterate the result for its tokens.
 
@@ -46,13 +47,15 @@ class LanguageModel(Loaded):
         where the model has one, unless `raw`. `max_tokens` None means until the model ends or the context is full.
         `overflow` is "refuse" or "slide" (drop the oldest tokens, keep the first four). `logprobs` n gives the n
         likeliest ids of each step. `constraint` comes from `model.constrain`. `timeout` in seconds bounds the whole
-        answer. `options` are Sampling's fields. Raises UsageError, ContextError, BusyError.
+        answer. `ignore_end` goes on past the model's end token (benchmarks). `options` are Sampling's fields. Raises UsageError, ContextError, BusyError.
         """
         if sampling is not None and options:
             raise UsageError("sampling and single options were both given.", "They overlap.", "Give one of them.")
         sampling = sampling or Sampling.of(options)
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-            raise UsageError(f"max_tokens is {max_tokens!r}.", "It must be a whole number of at least 1.", "Correct it.")
+            raise UsageError(
+                f"max_tokens is {max_tokens!r}.", "It must be a whole number of at least 1.", "Correct it."
+            )
         if type(logprobs) is not int or not 0 <= logprobs <= 100:
             raise UsageError(f"logprobs is {logprobs!r}.", "It must be from 0 to 100.", "Correct it.")
         if overflow not in ("refuse", "slide"):
@@ -60,7 +63,7 @@ class LanguageModel(Loaded):
         request = Request(
             ids=self.prompt_ids(prompt, tools=tools, raw=raw), max_tokens=max_tokens, sampler=Sampler(sampling),
             detokenizer=self.tokenizer.stream(), stop=StopStrings((stop,) if isinstance(stop, str) else tuple(stop)),
-            ends=frozenset(self.card.eos), slide=overflow == "slide", top=logprobs, constraint=constraint,
+            ends=frozenset() if ignore_end else frozenset(self.card.eos), slide=overflow == "slide", top=logprobs, constraint=constraint,
         )  # fmt: skip
         self.scheduler.submit(request)
         return Generation(self.scheduler, request, timeout)
@@ -103,13 +106,19 @@ class LanguageModel(Loaded):
         else:
             ids = [int(item) for item in prompt]  # type: ignore[arg-type]
             if not all(0 <= item < self.card.vocab for item in ids):
-                raise UsageError("The prompt has a token id that the model lacks.", f"Ids are 0 to {self.card.vocab - 1}.", "Correct it.")
+                raise UsageError(
+                    "The prompt has a token id that the model lacks.",
+                    f"Ids are 0 to {self.card.vocab - 1}.",
+                    "Correct it.",
+                )
         if not ids:
             raise UsageError("The prompt is empty.", "It has no tokens.", "Give at least one token.")
         return ids
 
     def render(self, messages: Sequence[dict], *, tools: list | None = None) -> str:
         """The text that the chat template makes of messages."""
+
+        from .chat import render
 
         def text(token: int) -> str:
             return self.tokenizer.text_of(token) if token >= 0 else ""
@@ -153,14 +162,27 @@ class LanguageModel(Loaded):
                 error.plan = plan
                 raise error
             if plan.context != self.plan.context:
+                before = measure.anonymous_bytes()
                 self.scheduler.decoder.resize(plan.context)
+                after = measure.anonymous_bytes()
+                if self.parts.base is not None and before is not None and after is not None:
+                    self.parts.base += after - before
             self.scheduler.decoder.chunk = plan.chunk
             self.plan = plan
             return plan
 
         return self.scheduler.exclusively(work)
 
+    def measure(self) -> dict[str, int | None]:
+        decoder = self.scheduler.decoder
+        sizes = [measure.range_rss(*region) for region in decoder.cache.regions()]
+        held = None if None in sizes else sum(size or 0 for size in sizes)
+        tables = sum(array.nbytes for pair in decoder.tables for array in pair)
+        return super().measure() | {"key-value cache": held, "rotary tables": tables}
+
     def close(self) -> None:
+        if self.closed:
+            return
         self.scheduler.close()
         self.scheduler.exclusively(self.scheduler.decoder.close)
         super().close()
@@ -200,7 +222,9 @@ class Generation(Iterator[Token]):
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if left is not None and left <= 0:
             self.cancel()
-            raise BusyError("The answer took too long.", "Its timeout has passed.", "Allow more time or ask for fewer tokens.")
+            raise BusyError(
+                "The answer took too long.", "Its timeout has passed.", "Allow more time or ask for fewer tokens."
+            )
         self._scheduler.pump(self._request, left)
 
     def finish(self) -> str:

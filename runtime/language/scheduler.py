@@ -129,7 +129,9 @@ class Scheduler:
                 raise BackendError("The model is closed.", "close() was called.", "Load it again.")
             if len(self._waiting) >= self.queue:
                 raise BusyError(
-                    f"{len(self._waiting)} requests wait already.", "All slots are taken and the queue is full.", "Try later."
+                    f"{len(self._waiting)} requests wait already.",
+                    "All slots are taken and the queue is full.",
+                    "Try later.",
                 )
             self._waiting.append(request)
 
@@ -192,7 +194,9 @@ class Scheduler:
         prefilling = [request for request in self._active if self._missing(request) > 1 or not request.first]
         if prefilling:
             self._prefill(min(prefilling, key=lambda request: request.begun))
-        decoding = [request for request in self._active if request.first and not request.done and self._missing(request) == 1]
+        decoding = [
+            request for request in self._active if request.first and not request.done and self._missing(request) == 1
+        ]
         if decoding:
             self._decode(decoding)
         self._sweep()
@@ -242,7 +246,9 @@ class Scheduler:
         part = request.ids[len(held) : len(held) + self.decoder.chunk]
         last = len(held) + len(part) == len(request.ids)
         started = time.perf_counter()
-        logits = self.decoder.forward(request.slot, np.array([part], np.int64), [len(held)], [len(part) - 1] if last else [])
+        logits = self.decoder.forward(
+            request.slot, np.array([part], np.int64), [len(held)], [len(part) - 1] if last else []
+        )
         held.extend(part)
         request.stats.prefill_seconds += time.perf_counter() - started
         if last:
@@ -278,7 +284,9 @@ class Scheduler:
             self._finish(request, "cancelled")
         except Exception as error:  # a caller's logit processor or constraint
             request.error = ShoalError(
-                "A request was ended by its own logit processor.", f"{type(error).__name__}: {error}", "Mend the processor."
+                "A request was ended by its own logit processor.",
+                f"{type(error).__name__}: {error}",
+                "Mend the processor.",
             )
             self._finish(request, "cancelled")
         if request.stats.generated_tokens > 1:

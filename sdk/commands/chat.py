@@ -1,6 +1,7 @@
 """Talk with a model: one line, one answer. /reset forgets, /exit ends; Ctrl-C stops an answer, not the conversation."""
 
 import argparse
+import sys
 
 from .. import options
 
@@ -31,6 +32,10 @@ def run(arguments: argparse.Namespace, show) -> int:
 
 
 def _converse(model, arguments: argparse.Namespace, show) -> None:
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  importing it gives input() line editing and history
     from shoal.runtime.errors import ShoalError
 
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -71,6 +76,6 @@ def _turn(model, messages: list[dict], arguments: argparse.Namespace, show) -> l
 def _read() -> str | None:
     """A line from a person, without its end; None at the end of input."""
     try:
-        return input("> ").strip()
+        return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None

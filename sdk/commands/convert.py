@@ -11,9 +11,9 @@ HELP = "turn a checkpoint into a bundle"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a .gguf file, or a folder with config.json and safetensors")
     parser.add_argument("-o", "--out", metavar="OUT", help="the bundle to write (default: SOURCE.RECIPE.shoal, here)")
-    parser.add_argument("--recipe", default="int4", metavar="NAME|FILE.toml", help="fp32, int8, int4 (default), int4-gptq")
+    parser.add_argument("--recipe", default="int4", metavar="NAME|FILE.toml", help="fp32, int8, int4 or int4-gptq")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with the source")
+    parser.add_argument("--no-parity", dest="check_parity", action="store_false", help="do not compare with the source")
     parser.add_argument("--calibration-text", metavar="FILE", help="text that a calibrated recipe sees (UTF-8)")
     options.add_json(parser)
 
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         arguments.out or default_out(arguments.source, arguments.recipe),
         recipe=arguments.recipe,
         overwrite=arguments.overwrite,
-        parity=arguments.parity,
+        check_parity=arguments.check_parity,
         calibration_text=arguments.calibration_text,
         progress=show.progress,
     )

@@ -7,8 +7,8 @@ from .. import options
 
 NAME = "inspect"
 HELP = "show what is in a bundle"
-_CARD = ("name", "model_type", "task", "blocks", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_context",
-         "source")  # fmt: skip
+_CARD = ("name", "source", "model_type", "task", "blocks", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab",
+         "max_context")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace, show) -> int:
             show.table([(f"  {key}", _brief(value)) for key, value in found[kind].items()])
     show.line()
     show.table(
-        [(s["kind"], s["name"], s["offset"], s["bytes"], s["alignment"], "yes" if s["required"] else "", s["sha256"][:16])
-         for s in found["sections"]],
+        [(s["kind"], s["name"], s["offset"], s["bytes"], s["alignment"], "yes" if s["required"] else "no",
+          s["sha256"][:16]) for s in found["sections"]],
         heading=("section", "name", "offset", "bytes", "aligned", "required", "sha256"),
     )  # fmt: skip
     if found["graphs"]:
@@ -64,7 +64,7 @@ def describe(bundle) -> dict:
 
     return {
         "path": str(bundle.path),
-        "bytes": bundle.length,
+        "bytes": bundle.path.stat().st_size,
         "format": ".".join(map(str, bundle.version)),
         "digest": bundle.digest,
         "card": content("card"),

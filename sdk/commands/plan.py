@@ -11,7 +11,7 @@ HELP = "show the memory that a bundle will use"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_bundle(parser)
     options.add_loading(parser)
-    parser.add_argument("--check", action="store_true", help="load it and show the measured bytes beside the planned")
+    parser.add_argument("--check", action="store_true", help="load it, take a step and show what each row really holds")
     options.add_json(parser)
 
 
@@ -19,14 +19,35 @@ def run(arguments: argparse.Namespace, show) -> int:
     from shoal.runtime.model import load, plan
 
     keywords = options.loading(arguments)
-    if not arguments.check:
+    measured: dict[str, int | None] | None = None
+    if arguments.check:
+        with load(arguments.bundle, progress=show.progress, **keywords) as model:
+            step(model)
+            planned, measured = model.plan, model.measure()
+    else:
         planned = plan(arguments.bundle, **keywords)
-        show.text(planned.table() + "\n")
-        show.line(f"context {planned.context} tokens, {planned.slots} at a time")
-        show.json(planned.to_dict())
-        return 0
-    with load(arguments.bundle, progress=show.progress, **keywords) as model:
-        rows = model.measure()
-        show.table([])
-        show.json(model.plan.to_dict() | {"measured": [vars(row) for row in rows]})
+    columns = ["", "MiB", "where", "kind", "note"]
+    rows = [[row.name, _mib(row.bytes), row.where, row.kind, row.note] for row in planned.rows]
+    rows.append(["total", _mib(planned.total), "", "", ""])
+    if measured is not None:
+        columns.insert(2, "measured")
+        for row in rows:
+            row.insert(2, _mib(measured.get(row[0])))
+    show.table(rows, columns)
+    show.line(f"\ncontext {planned.context} tokens, {planned.slots} at a time, chunks of {planned.chunk}")
+    show.json(planned.to_dict() | ({} if measured is None else {"measured": measured}))
     return 0
+
+
+def step(model) -> None:
+    """Makes a loaded model touch what it maps: one step of it."""
+    if model.card.task == "embed":
+        model.embed(["one"])
+    else:
+        with model.generate("one", max_tokens=2) as answer:
+            for _ in answer:
+                pass
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.1f}"

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text (default: standard input)")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument("--overflow", choices=("refuse", "slide"), default="refuse", help="what to do at the context's end")
+    parser.add_argument("--overflow", choices=("refuse", "slide"), default="refuse", help="at the context's end")
     options.add_sampling(parser)
     options.add_loading(parser, slots=False)
     options.add_threads(parser)
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace, show) -> int:
 
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     if not prompt:
-        raise UsageError("There is no prompt.", "The text is empty.", 'Write it after the bundle: shoal run BUNDLE "Hello".')
+        raise UsageError("There is no prompt.", "The text is empty.", 'Write it last: shoal run BUNDLE "Hello".')
     keywords = options.loading(arguments) | {"threads": arguments.threads}
     with load(arguments.bundle, progress=show.progress, **keywords) as model:
         if model.card.task == "embed":
@@ -37,11 +37,11 @@ def run(arguments: argparse.Namespace, show) -> int:
 
 def _answer(model, prompt: str, arguments: argparse.Namespace, show) -> int:
     content: str | list[dict] = prompt
-    if model.chat_template and not arguments.raw:
-        content = [{"role": "system", "content": arguments.system}] if arguments.system else []
-        content.append({"role": "user", "content": prompt})
+    if arguments.system:
+        content = [{"role": "system", "content": arguments.system}, {"role": "user", "content": prompt}]
+    keywords = options.sampling(arguments) | {"overflow": arguments.overflow, "raw": arguments.raw}
     ids = []
-    with model.generate(content, overflow=arguments.overflow, **options.sampling(arguments)) as answer:
+    with model.generate(content, **keywords) as answer:
         for token in answer:
             ids.append(token.id)
             show.text(token.text)

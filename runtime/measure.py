@@ -1,0 +1,210 @@
+"""What the kernel says this process holds: the other side of the plan's promise.
+
+Parsers are pure functions of the text of /proc, so they are tested without a process; the functions that read return
+None where the kernel does not tell (anything but Linux, or a locked-down /proc). Sizes are bytes.
+"""
+
+import ctypes
+import contextlib
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One mapping of /proc/self/smaps; `device` is "major:minor" in hex, `inode` 0 is no file."""
+
+    start: int
+    end: int
+    device: str
+    inode: int
+    path: str
+    rss: int
+    anonymous: int
+
+
+def parse_smaps(text: str) -> Iterator[Mapping]:
+    """The mappings of /proc/<pid>/smaps."""
+    head: list[str] | None = None
+    counts: dict[str, int] = {}
+    for line in [*text.splitlines(), "0-0 end"]:
+        words = line.split(None, 5)
+        if not words:
+            continue
+        if not words[0].endswith(":"):
+            if head is not None:
+                start, end = (int(part, 16) for part in head[0].split("-"))
+                path = head[5].rstrip("\n") if len(head) > 5 else ""
+                yield Mapping(start, end, head[3], int(head[4]), path, counts.get("Rss", 0), counts.get("Anonymous", 0))
+            head, counts = (words if len(words) >= 5 else None), {}
+        elif len(words) >= 3 and words[2] == "kB":
+            counts[words[0][:-1]] = int(words[1]) << 10
+
+
+def parse_status(text: str) -> dict[str, int]:
+    """The sizes of /proc/<pid>/status by name: RssAnon, RssFile, VmHWM, VmRSS, ..."""
+    found = {}
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) == 3 and words[2] == "kB" and words[1].isdigit():
+            found[words[0].rstrip(":")] = int(words[1]) << 10
+    return found
+
+
+def parse_pagemap(entries: bytes, page: int) -> int:
+    """Bytes of the pages that 8-byte /proc/<pid>/pagemap entries show in memory or in swap (bits 63 and 62)."""
+    return page * sum(1 for top in entries[7::8] if top & 0xC0)
+
+
+def anonymous_bytes() -> int | None:
+    """Private memory of this process: heap, stacks, what was written to private mappings."""
+    return _status("RssAnon")
+
+
+def resident_bytes() -> int | None:
+    """Everything resident: anonymous, files and shared memory."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int | None:
+    """The most that was ever resident, or since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> bool:
+    """Starts `peak_resident_bytes` anew; False where the kernel does not allow it."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def mapped_rss(path: str | os.PathLike) -> int | None:
+    """Resident bytes of this process's mappings of a file: by device and inode, or by path where an overlay file
+    system shows others. Pages that were written privately are anonymous and not counted; a page mapped twice is.
+    """
+    text = _read("/proc/self/smaps")
+    return None if text is None else sum(found.rss - found.anonymous for found in _of_file(text, path))
+
+
+def release_mapped(path: str | os.PathLike) -> Callable[[], None]:
+    """A call that lets go of the resident pages of this process's present read-only mappings of a file.
+
+    The page cache keeps them and the next touch brings them back, so it costs microseconds and changes no result. Does
+    nothing where the system has no such call. Not to be used once the file is unmapped.
+    """
+    text, status = _read("/proc/self/smaps"), os.stat(path)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    same = _same_file(device, status.st_ino, os.path.realpath(path))
+    found = [mapping for mapping in parse_smaps(text or "") if same(mapping) and not mapping.anonymous]
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError):
+        return lambda: None
+
+    def release() -> None:
+        for mapping in found:
+            madvise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.end - mapping.start), mmap.MADV_DONTNEED)
+
+    return release
+
+
+def range_rss(address: int, length: int) -> int | None:
+    """Bytes in memory of an address range, page by page, so that the rest of its mapping does not count."""
+    first, last = address // mmap.PAGESIZE, -(-(address + length) // mmap.PAGESIZE)
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(first * 8)
+            wanted, entries = (last - first) * 8, b""
+            while len(entries) < wanted:
+                part = file.read(min(wanted - len(entries), 1 << 20))
+                if not part:
+                    return None
+                entries += part
+    except OSError:
+        return None
+    return parse_pagemap(entries, mmap.PAGESIZE)
+
+
+def forget_mapped(path: str | os.PathLike) -> None:
+    """Unmaps the pages of a file from this process until they are read again: nothing is lost, and `mapped_rss` then
+    counts what is used from now on. Mappings that were written privately are left alone.
+    """
+    text = _read("/proc/self/smaps")
+    if text is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        for found in _of_file(text, path):
+            if not found.anonymous:
+                madvise(ctypes.c_void_p(found.start), ctypes.c_size_t(found.end - found.start), mmap.MADV_DONTNEED)
+
+
+class PeakAnonymous:
+    """The most anonymous memory seen while the block runs, sampled every `every` seconds: `bytes`, None if unknown.
+
+    The kernel keeps no such peak (VmHWM counts mapped files too), so a spike shorter than a sample may be missed.
+    """
+
+    def __init__(self, every: float = 0.005):
+        self.every = every
+        self.bytes: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="peak-anonymous", daemon=True)
+
+    def _sample(self) -> None:
+        while True:
+            now = anonymous_bytes()
+            if now is None:
+                return
+            self.bytes = max(self.bytes or 0, now)
+            if self._stop.wait(self.every):
+                return
+
+    def __enter__(self) -> "PeakAnonymous":
+        self.bytes = anonymous_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        now = anonymous_bytes()
+        if now is not None:
+            self.bytes = max(self.bytes or 0, now)
+
+
+def _of_file(text: str, path: str | os.PathLike) -> list[Mapping]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    device, real = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", os.path.realpath(path)
+    return [
+        found
+        for found in parse_smaps(text)
+        if found.inode and ((found.device, found.inode) == (device, status.st_ino) or found.path == real)
+    ]
+
+
+def _status(name: str) -> int | None:
+    text = _read("/proc/self/status")
+    return None if text is None else parse_status(text).get(name)
+
+
+def _read(path: str) -> str | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None

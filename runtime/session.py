@@ -1,0 +1,299 @@
+"""The only door to ONNX Runtime: open a graph whose weights stay mapped where they are, run it, say who ran what.
+
+A graph names its weights by section; `open_graph` checks that it reaches nothing else (see onnx_wire.py), points it at
+the real files and opens it with every silent fallback off. Every failure leaves as a ShoalError. This module knows
+nothing about bundles, models or tokens.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+
+from . import measure, onnx_wire
+from .errors import BackendError, BundleError, ShoalError, UsageError
+
+CPU = "CPUExecutionProvider"
+_DTYPES = {
+    "float": np.float32, "double": np.float64, "float16": np.float16, "int8": np.int8, "uint8": np.uint8,
+    "int16": np.int16, "uint16": np.uint16, "int32": np.int32, "uint32": np.uint32, "int64": np.int64,
+    "uint64": np.uint64, "bool": np.bool_,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a section is: `length` bytes from `offset` of the file at `path`.
+
+    `fd`, where given, is an open descriptor of that file; on Linux ORT then opens exactly what it refers to, and
+    refuses once the path leads elsewhere. `prepared` marks the cache that prepack.py wrote: only its tensors may carry
+    repacked weights, and a graph that uses it is already optimised.
+    """
+
+    path: str
+    offset: int
+    length: int
+    fd: int = -1
+    prepared: bool = False
+
+    @property
+    def location(self) -> str:
+        """The file as ONNX external data names it, relative to the root folder."""
+        if self.fd >= 0 and sys.platform == "linux":
+            return f"proc/self/fd/{self.fd}"
+        return os.path.splitdrive(os.path.abspath(self.path))[1].lstrip("/\\")
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a graph; a dim is a length, or the name of one that is open, or None."""
+
+    name: str
+    dtype: np.dtype
+    dims: tuple[int | str | None, ...]
+
+
+def open_graph(
+    graph: bytes, places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False, provider: str = CPU,
+    provider_options: Mapping[str, str] | None = None, whole: bool = False, custom_ops: Sequence[str] = (),
+    profile: str | None = None,
+) -> "Session":  # fmt: skip
+    """Opens ModelProto bytes whose external data is in `places`.
+
+    `threads` (0: one a core) includes the caller's; with `spinning` they burn the time between two operators. `whole`
+    refuses a graph of which `provider` would leave nodes to the CPU. `custom_ops` are libraries of operators, `profile`
+    the prefix of a file of ORT's timings, written by close(). Raises BundleError for a graph that is not one, and
+    BackendError where ORT or the provider cannot take it.
+    """
+    model = read(graph, places)
+    with _door(f"The model's graph cannot be opened on {provider}.", opening=True):
+        options = session_options(threads=threads, spinning=spinning)
+        if any(place.prepared for place in places.values()):
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if whole and provider != CPU:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        for library in custom_ops:
+            options.register_custom_ops_library(library)
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
+        session = start(locate(model, places), options, provider, provider_options)
+        for place in places.values():
+            measure.forget_mapped(place.path)  # what only opening read is not what running uses
+        return Session(session, provider, profile=profile is not None)
+
+
+def read(graph: bytes, places: Mapping[str, Place]) -> onnx_wire.Model:
+    """The checked model, its external data inside `places`. Raises BundleError."""
+    prepared = next((name for name, place in places.items() if place.prepared), None)
+    return onnx_wire.read(graph, {name: place.length for name, place in places.items()}, prepared)
+
+
+def locate(model: onnx_wire.Model, places: Mapping[str, Place]) -> bytes:
+    """The model's bytes with section names replaced by files below the root folder, as `session_options` expects."""
+
+    def move(tensor: onnx_wire.Tensor) -> onnx_wire.External | None:
+        if tensor.external is None:
+            return None
+        place, old = places[tensor.external.location], tensor.external
+        packed = []
+        for entry in old.prepacked:
+            key, ranges = onnx_wire.blobs(entry)
+            packed.append(onnx_wire.entry(key, [(place.offset + offset, length) for offset, length in ranges]))
+        return onnx_wire.External(place.location, place.offset + old.offset, old.length, tuple(packed))
+
+    return onnx_wire.relocate(model, move)
+
+
+def session_options(*, threads: int = 0, spinning: bool = False) -> "onnxruntime.SessionOptions":
+    """ORT options for a graph from `locate`: quiet, one thread pool a session, memory that can be predicted."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what matters arrives as an exception
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # A memory pattern keeps one block for each shape seen. The arena alone grows to one prefill chunk, 1.15 times
+    # what is live, and every shorter step then fits into it.
+    options.enable_mem_pattern = False
+    for key, value in (
+        ("session.intra_op.allow_spinning", "1" if spinning else "0"),
+        ("session.model_external_initializers_file_folder_path", "/"),
+        ("session.load_model_format", "ONNX"),  # what onnx_wire checked must not be read as another format
+        ("session.record_ep_graph_assignment_info", "1"),
+    ):
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def start(
+    graph: bytes | str,
+    options: "onnxruntime.SessionOptions",
+    provider: str = CPU,
+    provider_options: Mapping[str, str] | None = None,
+) -> "onnxruntime.InferenceSession":
+    """A raw ORT session with the wrapper's own fallback off; for this package's two doors only."""
+    if provider not in onnxruntime.get_available_providers():
+        raise BackendError(
+            f"{provider} is not available.", f"ONNX Runtime has {', '.join(onnxruntime.get_available_providers())}.",
+            "Install the package that brings it, or choose another backend.",
+        )  # fmt: skip
+    providers = [(provider, dict(provider_options or {}))] + ([CPU] if provider != CPU else [])
+    session = onnxruntime.InferenceSession(
+        graph, options, providers=providers, enable_fallback=0, read_config_from_model=0
+    )
+    release_freed_memory()
+    return session
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: ORT, how it was built, numpy."""
+    return {"onnxruntime": onnxruntime.__version__, "build": onnxruntime.get_build_info(), "numpy": np.__version__}
+
+
+def providers() -> list[str]:
+    """Execution providers of the installed ORT."""
+    return list(onnxruntime.get_available_providers())
+
+
+def release_freed_memory() -> None:
+    """Gives freed heap back to the system: glibc keeps what repacking used (10 MB of a 200 MB model) otherwise."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+class Session:
+    """An open graph. Several threads may `run` at once; a `Binding` belongs to one thread at a time."""
+
+    def __init__(self, session: "onnxruntime.InferenceSession", provider: str, profile: bool = False):
+        self._session: onnxruntime.InferenceSession | None = session
+        self._profile = profile
+        self.provider = provider
+        self.inputs = {value.name: value for value in map(_value, session.get_inputs())}
+        self.outputs = {value.name: value for value in map(_value, session.get_outputs())}
+
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Runs once and returns the named outputs (all by default) in new arrays."""
+        names = list(self.outputs) if outputs is None else list(outputs)
+        if missing := [name for name in self.inputs if name not in feeds]:
+            raise UsageError(f"Input {missing[0]!r} is missing.", "The graph needs every input.", "Pass it.")
+        arrays = {name: _checked(self.inputs, name, array) for name, array in feeds.items()}
+        with _door("The model could not be run."):
+            return dict(zip(names, self._open().run(names, arrays), strict=True))
+
+    def bind(self) -> "Binding":
+        """A new set of buffers to run with; nothing is copied or allocated by a bound run."""
+        return Binding(self)
+
+    def placement(self) -> dict[str, int]:
+        """Execution provider -> how many nodes it took, fused ones counted as one."""
+        with _door("ONNX Runtime does not say where nodes run."):
+            found: dict[str, int] = {}
+            for part in self._open().get_provider_graph_assignment_info():
+                found[part.ep_name] = found.get(part.ep_name, 0) + len(part.get_nodes())
+            return found
+
+    def close(self) -> None:
+        """Frees the session and its threads; arrays stay. A second call does nothing."""
+        session, self._session = self._session, None
+        if session is not None and self._profile:
+            session.end_profiling()
+        del session
+        release_freed_memory()
+
+    def _open(self) -> "onnxruntime.InferenceSession":
+        if self._session is None:
+            raise BackendError("The graph is closed.", "close() was called.", "Open it again.")
+        return self._session
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Binding:
+    """Arrays bound to a session's inputs and outputs by address, kept alive for as long as they are bound.
+
+    The same array may be an input and an output: GroupQueryAttention then updates the cache in place.
+    """
+
+    def __init__(self, session: Session):
+        self._owner = session
+        self._arrays: dict[tuple[str, str], np.ndarray] = {}
+        with _door("The model's buffers could not be bound."):
+            self._binding = session._open().io_binding()
+
+    def input(self, name: str, array: np.ndarray) -> None:
+        """Binds a C-contiguous array of the input's dtype; later writes to it are seen by the next run."""
+        array = _checked(self._owner.inputs, name, array, exact=True)
+        with _door(f"Input {name!r} could not be bound."):
+            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._arrays["in", name] = array
+
+    def output(self, name: str, array: np.ndarray) -> None:
+        """Binds a writable C-contiguous array that a run fills; its shape must be the one that comes out."""
+        array = _checked(self._owner.outputs, name, array, exact=True)
+        if not array.flags.writeable:
+            raise UsageError(f"The array for output {name!r} is read-only.", "A run writes it.", "Pass another one.")
+        with _door(f"Output {name!r} could not be bound."):
+            self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._arrays["out", name] = array
+
+    def run(self) -> None:
+        """Runs once on the bound arrays."""
+        session = self._owner._open()
+        with _door("The model could not be run."):
+            session.run_with_iobinding(self._binding)
+
+
+def _value(argument) -> Value:
+    kind = argument.type.removeprefix("tensor(").removesuffix(")")
+    if kind not in _DTYPES:
+        raise BundleError(
+            "The model's graph cannot be used.", f"{argument.name!r} is a {argument.type}.", "Convert it again."
+        )
+    return Value(argument.name, np.dtype(_DTYPES[kind]), tuple(argument.shape))
+
+
+def _checked(values: Mapping[str, Value], name: str, array: np.ndarray, exact: bool = False) -> np.ndarray:
+    """The array, if it fits; ORT would read a wrong one as if it did, or convert it on every call."""
+    value = values.get(name)
+    if value is None:
+        raise UsageError(f"The graph has no {name!r}.", f"It has {', '.join(values)}.", "Use one of these.")
+    if not isinstance(array, np.ndarray) or array.dtype != value.dtype:
+        found = getattr(array, "dtype", type(array).__name__)
+        raise UsageError(f"{name!r} is {found}.", f"The graph takes {value.dtype}.", "Convert the array.")
+    fits = len(array.shape) == len(value.dims) and all(
+        want == have for want, have in zip(value.dims, array.shape, strict=True) if isinstance(want, int)
+    )
+    if not fits:
+        raise UsageError(f"{name!r} has shape {array.shape}.", f"The graph takes {value.dims}.", "Reshape the array.")
+    if not array.flags.c_contiguous:
+        if exact:
+            raise UsageError(f"{name!r} is not C-contiguous.", "It is bound by address.", "Pass a contiguous array.")
+        return np.ascontiguousarray(array)
+    return array
+
+
+@contextlib.contextmanager
+def _door(what: str, opening: bool = False) -> Iterator[None]:
+    """Turns whatever ORT raises (its own classes, RuntimeError, UnicodeDecodeError, ...) into a ShoalError."""
+    try:
+        yield
+    except ShoalError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:400] or type(error).__name__
+        lowered = why.lower()
+        if "failed to allocate" in lowered or "bad_alloc" in lowered or isinstance(error, MemoryError):
+            raise BackendError(what, f"Memory ran out: {why}", "Allow a smaller chunk, context or slots.") from None
+        refused = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel", "UnicodeDecodeError")
+        if opening and (type(error).__name__ in refused or "external data" in lowered):
+            raise BundleError(what, why, "Verify the bundle, or convert the checkpoint again.") from None
+        fix = "Run shoal doctor; it lists the engine's version and what this machine offers."
+        raise BackendError(what, why, fix) from None

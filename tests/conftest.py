@@ -1,0 +1,95 @@
+"""What every test may ask for: real models, fetched once a machine and converted once a run; and `--deep`."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "samples"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--deep", action="store_true", help="also run the slow and the large tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--deep"):
+        deep = [item for item in items if item.get_closest_marker("deep")]
+        config.hook.pytest_deselected(items=deep)
+        items[:] = [item for item in items if item not in set(deep)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What a test makes a device prepare goes into a folder of this run, not into the cache of whoever runs it."""
+    from models import cache
+
+    os.environ["SHOAL_TEST_CACHE"] = str(cache())  # models stay where they are
+    os.environ["SHOAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def _model(name: str) -> Path:
+    from models import FetchError, fetch
+
+    try:
+        return fetch(name)
+    except FetchError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf() -> Path:
+    """2 blocks of width 16, 32k tokens, F16: loads and runs, says nothing sensible."""
+    return _model("tiny")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, the default wherever a real language model is needed."""
+    return _model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 in fp32, a Hugging Face folder: sentence embeddings."""
+    return _model("minilm")
+
+
+@pytest.fixture(scope="session")
+def qwen_gguf() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct, 478 MB: deep tests only."""
+    return _model("qwen")
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf() -> Path:
+    """Gemma 3 270M, 238 MB: deep tests only."""
+    return _model("gemma")
+
+
+def _bundle(source: Path, tmp_path_factory, name: str, recipe: str) -> Path:
+    from shoal.converters.convert import convert
+
+    out = tmp_path_factory.mktemp("bundles") / f"{name}.shoal"
+    convert(source, out, recipe, check_parity=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_gguf, tmp_path_factory) -> Path:
+    """`tiny_gguf` in fp32."""
+    return _bundle(tiny_gguf, tmp_path_factory, "tiny", "fp32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_gguf, tmp_path_factory) -> Path:
+    """`smollm2_gguf` in int4."""
+    return _bundle(smollm2_gguf, tmp_path_factory, "smollm2", "int4")
+
+
+@pytest.fixture(scope="session")
+def minilm_bundle(minilm_folder, tmp_path_factory) -> Path:
+    """`minilm_folder` in int8."""
+    return _bundle(minilm_folder, tmp_path_factory, "minilm", "int8")

@@ -1,0 +1,74 @@
+"""What happens on the way into `.venv` when things are not as they should be: sentences, and nothing half done."""
+
+import json
+
+import pytest
+
+import environment
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout without an environment; what would be run is recorded instead."""
+    (tmp_path / "pyproject.toml").write_text("first")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(environment, "PYTHON", tmp_path / ".venv" / "python")
+    monkeypatch.setattr(environment, "_STAMP", tmp_path / ".venv" / "stamp.json")
+    return tmp_path
+
+
+@pytest.fixture
+def commands(checkout, monkeypatch):
+    ran = []
+
+    def run(command, line, **options):
+        ran.append(command)
+        if "venv" in command:
+            (checkout / ".venv").mkdir()
+            (checkout / ".venv" / "python").touch()
+        return 0, ""
+
+    monkeypatch.setattr(environment, "run", run)
+    return ran
+
+
+def test_installs_once_and_again_when_the_project_changes(checkout, commands):
+    environment.prepare("convert")
+    environment.prepare("convert")
+    assert [command[2] for command in commands] == ["venv", "pip"]
+    (checkout / "pyproject.toml").write_text("second")
+    environment.prepare("convert")
+    assert [command[2] for command in commands] == ["venv", "pip", "pip"]
+
+
+def test_an_extra_is_added_to_those_that_are_there(checkout, commands):
+    environment.prepare("convert")
+    environment.prepare("test")
+    assert commands[-1][5].endswith("[convert,test]")
+    assert json.loads((checkout / ".venv" / "stamp.json").read_text())["extras"] == ["convert", "test"]
+    environment.prepare("convert")
+    assert len(commands) == 3
+
+
+def test_a_failed_install_is_told_and_tried_again(checkout, commands, monkeypatch):
+    environment.prepare("convert")
+    (checkout / ".venv" / "stamp.json").unlink()
+    broken = "Collecting numpy\nERROR: Could not find a version that satisfies the requirement numpy>=99\n"
+    monkeypatch.setattr(environment, "run", lambda command, line: (1, broken))
+    with pytest.raises(environment.SetupError, match="numpy>=99"):
+        environment.prepare("convert")
+    assert not (checkout / ".venv" / "stamp.json").exists()
+
+
+def test_a_python_without_venv_is_told_how_to_get_it(checkout, monkeypatch):
+    monkeypatch.setattr(environment, "run", lambda command, line: (1, "ensurepip is not available"))
+    with pytest.raises(environment.SetupError, match="apt install python3-venv"):
+        environment.prepare("convert")
+
+
+def test_an_old_python_is_told_which_is_needed(checkout, commands, monkeypatch):
+    monkeypatch.setattr(environment.sys, "version_info", (3, 10, 2))
+    with pytest.raises(environment.SetupError, match="3.11"):
+        environment.prepare("convert")
+    assert commands == []

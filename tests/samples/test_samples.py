@@ -1,0 +1,64 @@
+"""Every sample is run as a person runs it, on a real model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SAMPLES = ROOT / "samples"
+
+
+def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_every_sample_is_here():
+    tested = {"stream", "chat", "batch", "constrained", "embed", "budget", "quickstart"}
+    support = {"environment", "models"}
+    assert {path.stem for path in SAMPLES.glob("*.py")} == tested | support
+
+
+def test_stream(smollm2_bundle):
+    assert "light" in run(SAMPLES / "stream.py", smollm2_bundle).stdout
+
+
+def test_chat_reuses_the_conversation(smollm2_bundle):
+    lines = run(SAMPLES / "chat.py", smollm2_bundle).stdout
+    reused = [int(part.rsplit("(", 1)[1]) for part in lines.split(" of ") if "(" in part]
+    assert reused[0] == 0 and reused[-1] > 20
+
+
+def test_batch_answers_in_order(smollm2_bundle):
+    lines = run(SAMPLES / "batch.py", smollm2_bundle).stdout.splitlines()
+    places = [line.rsplit(" ", 1)[1] for line in lines if line.startswith("> ")]
+    assert places == ["sea.", "desert.", "forest.", "Arctic."]
+
+
+def test_constrained_is_of_the_shape(smollm2_bundle):
+    said = run(SAMPLES / "constrained.py", smollm2_bundle).stdout
+    value = json.loads(said.replace("'", '"'))
+    assert set(value) == {"city", "people"} and type(value["people"]) is int
+
+
+def test_embed_finds_the_weather(minilm_bundle):
+    assert "rain" in run(SAMPLES / "embed.py", minilm_bundle).stdout.splitlines()[0]
+
+
+def test_budget_refuses_what_cannot_fit(smollm2_bundle):
+    lines = run(SAMPLES / "budget.py", smollm2_bundle).stdout
+    assert "20MB: The model does not fit" in lines
+    assert "1 x 2048 tokens" in lines and "1 x 256 tokens" in lines
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="it installs .venv: run the tests with tests/run.py")
+def test_quickstart(smollm2_gguf):
+    done = run(SAMPLES / "quickstart.py", "What is the capital of France?")
+    assert "Paris" in done.stdout
+    assert "tokens/s" in done.stdout and "measured: weights" in done.stdout
+    again = run(SAMPLES / "quickstart.py")
+    assert "top-1" not in again.stdout, "the second time there is nothing to convert"

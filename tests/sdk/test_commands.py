@@ -1,0 +1,149 @@
+"""The verbs on real models, as a person types them."""
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shoal import cli
+
+
+def shoal(capsys, *arguments, code=0):
+    """Runs a verb in this process: (stdout, stderr)."""
+    status = cli.main([str(word) for word in arguments])
+    said = capsys.readouterr()
+    assert status == code, said.err
+    return said.out, said.err
+
+
+def test_convert_writes_a_bundle_once(capsys, tiny_gguf, tmp_path):
+    out = tmp_path / "tiny.shoal"
+    report = json.loads(shoal(capsys, "convert", tiny_gguf, "-o", out, "--recipe", "int8", "--json")[0])
+    assert report["recipe"] == "int8" and report["bundle_bytes"] == out.stat().st_size
+    assert report["parity"]
+    before = out.read_bytes()
+    _, said = shoal(capsys, "convert", tiny_gguf, "-o", out, code=9)
+    assert "--overwrite" in said
+    assert out.read_bytes() == before
+    shown, _ = shoal(capsys, "convert", tiny_gguf, "-o", out, "--overwrite", "--no-parity", "--recipe", "fp32")
+    assert "32.00 bits a weight" in shown and "parity" not in shown
+
+
+def test_convert_names_its_output_after_source_and_recipe(capsys, tiny_gguf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shoal(capsys, "convert", tiny_gguf, "--recipe", "int8", "--no-parity")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{tiny_gguf.stem}.int8.shoal"]
+
+
+def test_inspect_shows_and_verifies(capsys, tiny_bundle, tmp_path):
+    found = json.loads(shoal(capsys, "inspect", tiny_bundle, "--json")[0])
+    assert found["card"]["blocks"] == 2 and found["recipe"]["name"] == "fp32" and found["parity"] is None
+    assert {"weights", "tokenizer", "graph", "card"} <= {section["kind"] for section in found["sections"]}
+    assert "every digest is right" in shoal(capsys, "inspect", tiny_bundle, "--verify")[0]
+    damaged = bytearray(tiny_bundle.read_bytes())
+    weights = next(section for section in found["sections"] if section["kind"] == "weights")
+    damaged[weights["offset"] + 5] ^= 1
+    (tmp_path / "damaged.shoal").write_bytes(damaged)
+    shoal(capsys, "inspect", tmp_path / "damaged.shoal")
+    assert "weights" in shoal(capsys, "inspect", tmp_path / "damaged.shoal", "--verify", code=5)[1]
+
+
+def test_plan_is_a_table_and_is_checked(capsys, tiny_bundle):
+    shown, _ = shoal(capsys, "plan", tiny_bundle, "--context", 128)
+    assert "weights" in shown and "1 x 128 tokens" in shown
+    checked = json.loads(shoal(capsys, "plan", tiny_bundle, "--context", 128, "--check", "--json")[0])
+    assert checked["measured"].keys() == {row["name"] for row in checked["rows"]}
+    assert "measured" in shoal(capsys, "plan", tiny_bundle, "--context", 128, "--check")[0]
+
+
+def test_plan_refuses_what_cannot_fit(capsys, tiny_bundle):
+    shown, said = shoal(capsys, "plan", tiny_bundle, "--memory", "1MB", code=6)
+    assert shown == "" and "fix: " in said
+    assert "not a size" in shoal(capsys, "plan", tiny_bundle, "--memory", "much", code=2)[1]
+
+
+def test_run_answers_on_stdout_and_tells_speeds_on_stderr(capsys, smollm2_bundle):
+    answer, said = shoal(capsys, "run", smollm2_bundle, "What is the capital of France?", "--max-tokens", 16)
+    assert "Paris" in answer
+    assert "tokens/s" in said and "Paris" not in said
+
+
+def test_run_is_repeatable_with_a_seed(capsys, smollm2_bundle):
+    command = ("run", smollm2_bundle, "Tell a story.", "--max-tokens", 12, "--temperature", 1, "--seed", 7, "--json")
+    first, second = (json.loads(shoal(capsys, *command)[0]) for _ in range(2))
+    assert first["tokens"] == second["tokens"] and first["text"]
+    assert first["stats"]["generated_tokens"] == 12 and first["stats"]["finish"] == "length"
+
+
+def test_run_reads_standard_input_and_stops_at_text(capsys, smollm2_bundle, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one, two, three, four,"))
+    out, _ = shoal(capsys, "run", smollm2_bundle, "--raw", "--max-tokens", 16, "--stop", "six")
+    assert "five" in out and "six" not in out
+
+
+def test_run_embeds_with_an_embedding_model(capsys, minilm_bundle):
+    vector = json.loads(shoal(capsys, "run", minilm_bundle, "A cat.", "--json")[0])["embedding"]
+    assert len(vector) == 384 and sum(value * value for value in vector) == pytest.approx(1, abs=1e-3)
+    assert "cannot chat" in shoal(capsys, "chat", minilm_bundle, code=2)[1]
+
+
+def test_chat_remembers_resets_and_survives_an_error(capsys, smollm2_bundle, monkeypatch):
+    lines = [
+        "My name is Ada.",
+        "What is my name?",
+        "/reset",
+        "What is my name?",
+        "word " * 600,
+        "/nonsense",
+        "Hello",
+        "/exit",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    answers, said = shoal(capsys, "chat", smollm2_bundle, "--context", 256, "--max-tokens", 24)
+    answers = answers.splitlines()
+    assert any("Ada" in answer for answer in answers[:3])
+    assert "do not fit the context" in said and "/reset forgets" in said
+    assert answers[-1].strip(), "it answers after an error"
+
+
+def test_ctrl_c_in_chat_stops_the_answer_and_not_the_conversation(smollm2_bundle):
+    """On a real terminal: a long answer is interrupted, the next question is answered."""
+    person, terminal = pty.openpty()
+    command = [sys.executable, "-m", "shoal", "chat", str(smollm2_bundle), "--max-tokens", "1500", "--context", "2048"]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    try:
+        read_until(person, b"> ")
+        os.write(person, b"Count from one to one thousand in words.\n")
+        read_until(person, b"three")
+        process.send_signal(signal.SIGINT)
+        read_until(person, b"> ")
+        os.write(person, b"What is the capital of France?\n")
+        read_until(person, b"Paris")
+        os.write(person, b"\x04")
+        process.send_signal(signal.SIGINT)
+        read_until(person, b"> ")
+        os.write(person, b"/exit\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(person)
+
+
+def read_until(terminal: int, wanted: bytes, seconds: float = 120) -> bytes:
+    """What the program shows up to `wanted`; fails with what it showed instead."""
+    import select
+
+    shown, deadline = b"", time.monotonic() + seconds
+    while wanted not in shown:
+        assert time.monotonic() < deadline, shown.decode(errors="replace")
+        if select.select([terminal], [], [], 1)[0]:
+            shown += os.read(terminal, 4096)
+    return shown

@@ -1,16 +1,17 @@
 """How far a bundle is from its source: the same tokens through both, the source in fp32.
 
-Neither model is ever whole in memory but for the graph under test: blocks are built over a scratch file, run on all
-texts and dropped, so that what stays is the hidden states of a few thousand tokens. The converted side runs from the
-bytes that the bundle stores, and its logits come from the very graph that a device runs. It knows nothing about
-recipes, formats or families.
+Neither model is ever whole in private memory. Both are walked block by block: a block is opened, run on every text and
+dropped, so what stays is the hidden states of a few thousand tokens. The converted side runs on the bytes that the
+bundle stores, and its logits or embeddings come from the very graph that a device runs, as a device runs it. This
+module knows nothing about recipes, formats or families.
 """
 
 import dataclasses
 import json
 import math
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from types import ModuleType
 
 import numpy as np
 
-from shoal.runtime import session
+from shoal.runtime import prepack
 from shoal.runtime.card import Card
 from shoal.runtime.errors import BundleError, ConvertError
 from shoal.runtime.events import Event, Progress, silent
-from shoal.runtime.language.decoder import rotary
+from shoal.runtime.language.cache import Cache
+from shoal.runtime.language.decoder import Decoder, rotary
 from shoal.runtime.language.tokens import Tokenizer
-from shoal.runtime.session import Place
+from shoal.runtime.session import Place, Session, open_graph
 
 from .graph import GraphBuilder
 from .recipe import NAMED
@@ -33,7 +35,8 @@ from .weights import Weights
 TOKENS = 2048
 ROW = 512  # tokens of one stretch of the held-out text
 CHUNK = 64  # rows of logits held at once
-DIVERGED = 0.5
+DIVERGED = 0.5  # relative error of a block's output
+PRIVATE = 256 << 20  # bytes of repacked weights beyond which they go to a scratch file
 
 PROMPTS = (
     "The capital of France is",
@@ -114,31 +117,101 @@ def compare(
     """Compares the bundle's `graph`, whose external data is in `places` and was stored through `weights`, with `source`
     on fixed prompts and about `tokens` tokens of `text`.
 
-    Scratch files as large as the source's fp32 embedding and head lie beside the bundle meanwhile. Raises ConvertError
-    where either model gives what is not a number.
+    Scratch files lie beside the bundle meanwhile: the source's embedding, head and one block in fp32. Raises
+    ConvertError where either model gives what is not a number.
     """
-    rows = _rows(tokenizer, card, text, tokens)
+    rows = (_texts if card.task == "embed" else _stretches)(tokenizer, card, text, tokens)
     folder = Path(places["weights"].path).parent
+    total = card.blocks + 1 + len(rows)
+    exact = all(matrix.format.bits == 32 for matrix in weights.matrices.values())
     one, two = _Walk(architecture, card, rows), _Walk(architecture, card, rows)
-    errors = []
-    with _scratch(source, folder) as (ends, ends_file):
-        for block in range(-1, card.blocks):
-            progress(Event("parity", block + 1, card.blocks + 1, f"block {block}" if block >= 0 else "embedding", "blocks"))
-            blocks = range(block, block + 1) if block >= 0 else range(0)
-            if block < 0:
-                one.advance(blocks, ends, ends_file)
-            else:
-                with _scratch(source, folder) as (stored, file):
-                    one.advance(blocks, stored, file)
-            two.advance(blocks, weights, places)
-            if block >= 0:
-                errors.append(_relative_error(one.hidden, two.hidden, block))
-        head = one.head(ends, ends_file)
-        with head:
-            measured = (_embeddings if card.task == "embed" else _logits)(head, one, two, graph, places, card, rows)
-    progress(Event("parity", card.blocks + 1, card.blocks + 1, "", "blocks"))
-    diverged = next((block for block, error in enumerate(errors) if error > DIVERGED), None)
+    errors: list[float] = []
+    with _Scratch(source, folder) as ends:
+        one.advance(range(0), ends.weights, ends.places, exact=True)
+        two.advance(range(0), weights, places, exact)
+        for block in range(card.blocks):
+            progress(Event("parity", block + 1, total, f"block {block}", "steps"))
+            with _Scratch(source, folder) as scratch:
+                one.advance(range(block, block + 1), scratch.weights, scratch.places, exact=True)
+            two.advance(range(block, block + 1), weights, places, exact)
+            errors.append(_relative_error(one.hidden, two.hidden, block))
+
+        def step(row: int) -> None:
+            progress(Event("parity", card.blocks + 1 + row, total, "logits", "steps"))
+
+        with one.end(ends.weights, ends.places) as head, _whole(graph, places, folder, exact) as opened:
+            measure = _embeddings if card.task == "embed" else _logits
+            measured = measure(head, opened, one, rows, step)
+    progress(Event("parity", total, total, "", "steps"))
     return Parity(
-        texts=len(rows), tokens=sum(len(row.tokens) for row in rows), block_errors=tuple(errors),
-        first_divergent_block=diverged, **measured,
+        texts=len(rows), tokens=sum(map(len, rows)), block_errors=tuple(errors),
+        first_divergent_block=next((block for block, error in enumerate(errors) if error > DIVERGED), None), **measured,
     )  # fmt: skip
+
+
+def _stretches(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.ndarray]:
+    """Token ids of the prompts, then of stretches of the text, spread over it."""
+    length = min(ROW, card.max_context, tokens)
+    start = [card.bos] if card.add_bos and card.bos >= 0 else []
+    count = max(1, round(tokens / length))
+    found = [tokenizer.encode(prompt)[: card.max_context] for prompt in PROMPTS]
+    for index in range(count):
+        # No tokenizer here makes fewer than one token of eight characters on prose
+        piece = text[index * len(text) // count :][: 8 * length]
+        found.append([*start, *tokenizer.encode(piece[piece.find(" ") + 1 :], special=False)][:length])
+    return [np.array(ids, np.int64) for ids in found]
+
+
+def _texts(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.ndarray]:
+    """Token ids of the prompts, then of paragraphs of the text, spread over it."""
+    paragraphs = [paragraph for paragraph in text.split("\n") if paragraph.strip()]
+    found = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    count = max(1, tokens // 64)
+    for paragraph in paragraphs[:: max(1, len(paragraphs) // count)][:count]:
+        found.append(tokenizer.encode(paragraph))
+    return [np.array(ids[: card.max_context], np.int64) for ids in found]
+
+
+class _Scratch:
+    """An fp32 store of the source in a file that goes when it is left."""
+
+    def __init__(self, source, folder: Path):
+        self._file = tempfile.NamedTemporaryFile(prefix=".shoal-", dir=folder)
+        self.weights = Weights(source, NAMED["fp32"], self._file)
+
+    @property
+    def places(self) -> dict[str, Place]:
+        self._file.flush()
+        return {"weights": Place(self._file.name, 0, self._file.tell())}
+
+    def __enter__(self) -> "_Scratch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.close()
+
+
+class _Walk:
+    """One model on its way: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went."""
+
+    def __init__(self, architecture: ModuleType, card: Card, rows: Sequence[np.ndarray]):
+        self.architecture, self.card = architecture, card
+        self.hidden = [row[None] for row in rows]
+
+    def advance(self, blocks: range, weights: Weights, places, exact: bool) -> None:
+        """Runs `blocks` on every text; an empty range at the start embeds the tokens."""
+        # A model with a block more gives its last block's stream, and needs no head
+        longer = dataclasses.replace(self.card, blocks=self.card.blocks + 1)
+        with self._open(longer, blocks, weights, places, exact) as opened:
+            for index, x in enumerate(self.hidden):
+                feeds = _feeds(self.card, x, blocks)
+                self.hidden[index] = opened.run(feeds, ["hidden_out"])["hidden_out"]
+
+    def end(self, weights: Weights, places) -> Session:
+        """What makes logits or embeddings of the last block's stream."""
+        return self._open(self.card, range(self.card.blocks, self.card.blocks), weights, places, exact=True)
+
+    def _open(self, card: Card, blocks: range, weights: Weights, places, exact: bool) -> Session:
+        g = GraphBuilder(f"blocks {blocks.start} to {blocks.stop}", weights)
+        self.architecture.build(g, card, blocks)
+        return open_graph(g.serialize(), places() if callable(places) else places, repack=not exact)

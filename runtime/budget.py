@@ -190,7 +190,8 @@ def activation_bytes(card: Card, chunk: int, context: int, slots: int) -> int:
     heads = 2 * qkv if card.qk_norm else 0  # split, and normalised a head at a time
     scratch = max(2 * q + 3 * kv + qkv, 5 * max(card.ffn, card.hidden) // 16)
     floats = stream + qkv + heads + 5 * card.ffn + scratch
-    return int(_ARENA * 4 * floats * max(chunk, slots)) + 4 * card.vocab * (slots + 1)
+    # Beside the arena: the logits of each slot, the sampler's copy, and what a request's own lists take
+    return int(_ARENA * 4 * floats * max(chunk, slots)) + 4 * card.vocab * (slots + 1) + MIB
 
 
 def parse_size(text: "int | str | None") -> int | None:

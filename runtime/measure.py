@@ -99,10 +99,7 @@ def release_mapped(path: str | os.PathLike) -> Callable[[], None]:
     The page cache keeps them and the next touch brings them back, so it costs microseconds and changes no result. Does
     nothing where the system has no such call. Not to be used once the file is unmapped.
     """
-    text, status = _read("/proc/self/smaps"), os.stat(path)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    same = _same_file(device, status.st_ino, os.path.realpath(path))
-    found = [mapping for mapping in parse_smaps(text or "") if same(mapping) and not mapping.anonymous]
+    found = [mapping for mapping in _of_file(_read("/proc/self/smaps") or "", path) if not mapping.anonymous]
     try:
         madvise = ctypes.CDLL(None).madvise
     except (AttributeError, OSError):

@@ -22,7 +22,8 @@ from .language.model import LanguageModel
 from .language.tokens import Tokenizer
 from .loaded import Parts
 
-_ENGINE = 4 << 20  # what an ORT environment and session hold, and for each node of the graph:
+_TOKENIZER = 3 << 19  # its code and the heap's slack, beside its tables
+_ENGINE = 5 << 20  # what an ORT environment and session hold, and for each node of the graph:
 _ENGINE_NODE = 8 << 10
 _AROUND = 64 << 10  # what the kernel maps around a row of a table that is touched
 
@@ -114,7 +115,7 @@ def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: 
         weights=guess.direct - gathered + min(gathered, RELEASED * _AROUND),
         repacked=guess.repacked if prepare else 0,
         private=0 if prepare else guess.repacked,
-        tokenizer=card.tokenizer_bytes,
+        tokenizer=card.tokenizer_bytes + _TOKENIZER,
         session=_ENGINE + _ENGINE_NODE * len(model.nodes),
     )
 

@@ -34,7 +34,7 @@ from .weights import Weights
 
 TOKENS = 2048
 ROW = 512  # tokens of one stretch of the held-out text
-CHUNK = 64  # rows of logits held at once
+CHUNK = 32  # rows of logits held at once
 DIVERGED = 0.5  # relative error of a block's output
 PRIVATE = 256 << 20  # bytes of repacked weights beyond which they go to a scratch file
 
@@ -124,24 +124,24 @@ def compare(
     folder = Path(places["weights"].path).parent
     total = card.blocks + 1 + len(rows)
     exact = all(matrix.format.bits == 32 for matrix in weights.matrices.values())
-    one, two = _Walk(architecture, card, rows), _Walk(architecture, card, rows)
+    stored = _Stored(weights, places, repack=not exact)
+    expected, found = _Walk(architecture, card, rows), _Walk(architecture, card, rows)
     errors: list[float] = []
     with _Scratch(source, folder) as ends:
-        one.advance(range(0), ends.weights, ends.places, exact=True)
-        two.advance(range(0), weights, places, exact)
         for block in range(card.blocks):
             progress(Event("parity", block + 1, total, f"block {block}", "steps"))
             with _Scratch(source, folder) as scratch:
-                one.advance(range(block, block + 1), scratch.weights, scratch.places, exact=True)
-            two.advance(range(block, block + 1), weights, places, exact)
-            errors.append(_relative_error(one.hidden, two.hidden, block))
+                # The embedding comes with the first block, and may be the head as well
+                expected.advance(range(block, block + 1), scratch if block else ends)
+            found.advance(range(block, block + 1), stored)
+            errors.append(_relative_error(expected.hidden, found.hidden, block))
 
         def step(row: int) -> None:
             progress(Event("parity", card.blocks + 1 + row, total, "logits", "steps"))
 
-        with one.end(ends.weights, ends.places) as head, _whole(graph, places, folder, exact) as opened:
+        with expected.end(ends) as head, _whole(graph, stored, folder) as opened:
             measure = _embeddings if card.task == "embed" else _logits
-            measured = measure(head, opened, one, rows, step)
+            measured = measure(head, opened, expected, rows, step)
     progress(Event("parity", total, total, "", "steps"))
     return Parity(
         texts=len(rows), tokens=sum(map(len, rows)), block_errors=tuple(errors),
@@ -150,15 +150,17 @@ def compare(
 
 
 def _stretches(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.ndarray]:
-    """Token ids of the prompts, then of stretches of the text, spread over it."""
+    """Token ids of stretches of the text, spread over it, then of the prompts: the longest first, so that buffers grow
+    once."""
     length = min(ROW, card.max_context, tokens)
     start = [card.bos] if card.add_bos and card.bos >= 0 else []
     count = max(1, round(tokens / length))
-    found = [tokenizer.encode(prompt)[: card.max_context] for prompt in PROMPTS]
+    found = []
     for index in range(count):
         # No tokenizer here makes fewer than one token of eight characters on prose
         piece = text[index * len(text) // count :][: 8 * length]
         found.append([*start, *tokenizer.encode(piece[piece.find(" ") + 1 :], special=False)][:length])
+    found += [tokenizer.encode(prompt)[:length] for prompt in PROMPTS]
     return [np.array(ids, np.int64) for ids in found]
 
 
@@ -172,15 +174,26 @@ def _texts(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.
     return [np.array(ids[: card.max_context], np.int64) for ids in found]
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A store and where its bytes are; `repack` says whether ORT should copy them into a layout of its own."""
+
+    weights: Weights
+    places: Mapping[str, Place]
+    repack: bool
+
+
 class _Scratch:
-    """An fp32 store of the source in a file that goes when it is left."""
+    """The same for a source in fp32, over a file that goes when it is left."""
+
+    repack = False  # every weight is read a few times only
 
     def __init__(self, source, folder: Path):
         self._file = tempfile.NamedTemporaryFile(prefix=".shoal-", dir=folder)
         self.weights = Weights(source, NAMED["fp32"], self._file)
 
     @property
-    def places(self) -> dict[str, Place]:
+    def places(self) -> Mapping[str, Place]:
         self._file.flush()
         return {"weights": Place(self._file.name, 0, self._file.tell())}
 
@@ -192,26 +205,127 @@ class _Scratch:
 
 
 class _Walk:
-    """One model on its way: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went."""
+    """One model on its way through its blocks: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went."""
 
     def __init__(self, architecture: ModuleType, card: Card, rows: Sequence[np.ndarray]):
         self.architecture, self.card = architecture, card
         self.hidden = [row[None] for row in rows]
 
-    def advance(self, blocks: range, weights: Weights, places, exact: bool) -> None:
-        """Runs `blocks` on every text; an empty range at the start embeds the tokens."""
+    def advance(self, blocks: range, stored: _Stored | _Scratch) -> None:
+        """Runs `blocks` on every text."""
         # A model with a block more gives its last block's stream, and needs no head
         longer = dataclasses.replace(self.card, blocks=self.card.blocks + 1)
-        with self._open(longer, blocks, weights, places, exact) as opened:
+        with self._open(longer, blocks, stored) as opened:
             for index, x in enumerate(self.hidden):
-                feeds = _feeds(self.card, x, blocks)
-                self.hidden[index] = opened.run(feeds, ["hidden_out"])["hidden_out"]
+                self.hidden[index] = opened.run(self.feeds(x, blocks), ["hidden_out"])["hidden_out"]
 
-    def end(self, weights: Weights, places) -> Session:
-        """What makes logits or embeddings of the last block's stream."""
-        return self._open(self.card, range(self.card.blocks, self.card.blocks), weights, places, exact=True)
+    def end(self, stored: _Stored | _Scratch) -> Session:
+        """The graph that makes logits or embeddings of the last block's stream."""
+        return self._open(self.card, range(self.card.blocks, self.card.blocks), stored)
 
-    def _open(self, card: Card, blocks: range, weights: Weights, places, exact: bool) -> Session:
-        g = GraphBuilder(f"blocks {blocks.start} to {blocks.stop}", weights)
+    def feeds(self, x: np.ndarray, blocks: range) -> dict[str, np.ndarray]:
+        """The inputs of a graph of `blocks` for one text from its beginning: tokens int64 or hidden fp32 [1, n, ..]."""
+        length = x.shape[1]
+        feeds = {"hidden" if x.ndim == 3 else "tokens": x}
+        if self.card.task == "embed":
+            return feeds | {"mask": np.ones((1, length), np.int64)}
+        feeds |= {"last": np.array([length - 1], np.int32), "total": np.array([length], np.int32)}
+        for index, rope in enumerate(self.card.ropes):
+            feeds[f"cos_{index}"], feeds[f"sin_{index}"] = rotary(rope, length)
+        empty = np.zeros((1, self.card.kv_heads, length, self.card.head_dim), np.float32)
+        return feeds | {f"past_{part}_{block}": empty for block in blocks for part in ("key", "value")}
+
+    def _open(self, card: Card, blocks: range, stored: _Stored | _Scratch) -> Session:
+        g = GraphBuilder(f"blocks {blocks.start} to {blocks.stop}", stored.weights)
         self.architecture.build(g, card, blocks)
-        return open_graph(g.serialize(), places() if callable(places) else places, repack=not exact)
+        return open_graph(g.serialize(), stored.places, repack=stored.repack)
+
+
+@contextmanager
+def _whole(graph: bytes, stored: _Stored, folder: Path) -> Iterator[Session]:
+    """The bundle's graph, opened. Repacked weights that would take much private memory are mapped, as on a device."""
+    large = stored.repack and os.name == "posix" and prepack.estimate(graph, stored.places).repacked > PRIVATE
+    if not large:
+        with open_graph(graph, stored.places, repack=stored.repack) as opened:
+            yield opened
+        return
+    with tempfile.TemporaryDirectory(prefix=".shoal-", dir=folder) as cache:
+        prepared = prepack.prepare(graph, stored.places, cache)
+        try:
+            with open_graph(prepared.graph, prepared.places) as opened:
+                yield opened
+        finally:
+            prepared.close()
+
+
+def _relative_error(expected: list[np.ndarray], found: list[np.ndarray], block: int) -> float:
+    """The mean over all tokens of |found - expected| / |expected|."""
+    total, count = 0.0, 0
+    for a, b in zip(expected, found, strict=True):
+        length = np.linalg.norm(a[0], axis=-1)
+        total += float((np.linalg.norm(b[0] - a[0], axis=-1) / np.maximum(length, 1e-30)).sum(dtype=np.float64))
+        count += len(length)
+    if not math.isfinite(total):
+        side = "converted" if all(np.isfinite(a).all() for a in expected) else "source"
+        raise ConvertError(
+            f"The {side} model cannot be compared.", f"After block {block} it gives what is not a number.",
+            "Check the checkpoint; if it runs elsewhere, use a recipe with more bits.",
+        )  # fmt: skip
+    return total / count
+
+
+def _logits(head: Session, opened: Session, walk: _Walk, rows: Sequence[np.ndarray], step) -> dict:
+    """Figures of a language model: the graph prefills every text in chunks, the source's head takes its last stream."""
+    card = walk.card
+    decoder = Decoder(opened, card, Cache(card, max(map(len, rows)), 1), CHUNK)
+    most = absolute = divergence = 0.0
+    agreed = predicted = 0
+    losses = np.zeros(2)
+    for index, tokens in enumerate(rows):
+        step(index)
+        for start in range(0, len(tokens), CHUNK):
+            part = tokens[start : start + CHUNK]
+            count = len(part)
+            feeds = walk.feeds(walk.hidden[index][:, start : start + count], range(0)) | {"rows": np.arange(count)}
+            expected = head.run(feeds)["logits"]
+            found = decoder.forward(0, part[None], [start], list(range(count)))
+            difference = np.abs(found - expected)
+            most = max(most, float(difference.max()))
+            absolute += float(difference.sum(dtype=np.float64))
+            agreed += int((found.argmax(-1) == expected.argmax(-1)).sum())
+            for logits in (expected, found):  # in place: they may be the largest things in memory
+                logits -= logits.max(-1, keepdims=True)
+                logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+            np.subtract(expected, found, out=difference)
+            difference *= np.exp(expected)
+            divergence += float(difference.sum(dtype=np.float64))
+            if index < len(rows) - len(PROMPTS):
+                targets = tokens[start + 1 : start + count + 1]
+                at = np.arange(len(targets))
+                losses -= [float(logits[at, targets].sum(dtype=np.float64)) for logits in (found, expected)]
+                predicted += len(targets)
+    total = sum(map(len, rows))
+    perplexity, source_perplexity = np.exp(np.minimum(losses / max(predicted, 1), 700))
+    return dict(
+        max_abs_difference=most, mean_abs_difference=absolute / (total * card.vocab), kl=max(0.0, divergence / total),
+        top1_agreement=agreed / total, perplexity=float(perplexity), source_perplexity=float(source_perplexity),
+    )  # fmt: skip
+
+
+def _embeddings(head: Session, opened: Session, walk: _Walk, rows: Sequence[np.ndarray], step) -> dict:
+    """Figures of an encoder."""
+    most = absolute = 0.0
+    cosine = 1.0
+    for index, tokens in enumerate(rows):
+        step(index)
+        expected = head.run(walk.feeds(walk.hidden[index], range(0)))["embedding"][0]
+        found = opened.run(walk.feeds(tokens[None], range(0)))["embedding"][0]
+        difference = np.abs(found - expected)
+        most, absolute = max(most, float(difference.max())), absolute + float(difference.mean())
+        lengths = float(np.linalg.norm(expected) * np.linalg.norm(found))
+        cosine = min(cosine, float(expected @ found) / max(lengths, 1e-30))
+    return dict(max_abs_difference=most, mean_abs_difference=absolute / len(rows), cosine=cosine)
+
+
+def _number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

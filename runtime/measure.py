@@ -5,7 +5,6 @@ None where the kernel does not tell (anything but Linux, or a locked-down /proc)
 """
 
 import ctypes
-import contextlib
 import mmap
 import os
 import sys
@@ -16,10 +15,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mapping:
-    """One mapping of /proc/self/smaps; `device` is "major:minor" in hex, `inode` 0 is no file."""
+    """One mapping of /proc/self/smaps, or of maps and then without counts; `device` is "major:minor" in hex, `inode` 0
+    is no file."""
 
     start: int
     end: int
+    permissions: str
+    offset: int  # of the file, at `start`
     device: str
     inode: int
     path: str
@@ -28,7 +30,7 @@ class Mapping:
 
 
 def parse_smaps(text: str) -> Iterator[Mapping]:
-    """The mappings of /proc/<pid>/smaps."""
+    """The mappings of /proc/<pid>/smaps or maps."""
     head: list[str] | None = None
     counts: dict[str, int] = {}
     for line in [*text.splitlines(), "0-0 end"]:
@@ -39,7 +41,10 @@ def parse_smaps(text: str) -> Iterator[Mapping]:
             if head is not None:
                 start, end = (int(part, 16) for part in head[0].split("-"))
                 path = head[5].rstrip("\n") if len(head) > 5 else ""
-                yield Mapping(start, end, head[3], int(head[4]), path, counts.get("Rss", 0), counts.get("Anonymous", 0))
+                yield Mapping(
+                    start, end, head[1], int(head[2], 16), head[3], int(head[4]), path,
+                    counts.get("Rss", 0), counts.get("Anonymous", 0),
+                )  # fmt: skip
             head, counts = (words if len(words) >= 5 else None), {}
         elif len(words) >= 3 and words[2] == "kB":
             counts[words[0][:-1]] = int(words[1]) << 10
@@ -58,6 +63,11 @@ def parse_status(text: str) -> dict[str, int]:
 def parse_pagemap(entries: bytes, page: int) -> int:
     """Bytes of the pages that 8-byte /proc/<pid>/pagemap entries show in memory or in swap (bits 63 and 62)."""
     return page * sum(1 for top in entries[7::8] if top & 0xC0)
+
+
+def mappings() -> list[Mapping]:
+    """What this process has mapped, without counts; empty where the kernel does not tell."""
+    return list(parse_smaps(_read("/proc/self/maps") or ""))
 
 
 def anonymous_bytes() -> int | None:
@@ -94,20 +104,21 @@ def mapped_rss(path: str | os.PathLike) -> int | None:
 
 
 def release_mapped(path: str | os.PathLike) -> Callable[[], None]:
-    """A call that lets go of the resident pages of this process's present read-only mappings of a file.
+    """A call that lets go of the resident pages of this process's read-only mappings of a file.
 
-    The page cache keeps them and the next touch brings them back, so it costs microseconds and changes no result. Does
-    nothing where the system has no such call. Not to be used once the file is unmapped.
+    The page cache keeps them and the next touch brings them back, so it costs a millisecond and changes no result.
+    Does nothing where the system has no such call. Not while another thread unmaps the file: the call finds the
+    mappings anew each time, but an address that is unmapped and reused in between would lose what it holds.
     """
-    found = [mapping for mapping in _of_file(_read("/proc/self/smaps") or "", path) if not mapping.anonymous]
     try:
         madvise = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):
         return lambda: None
 
     def release() -> None:
-        for mapping in found:
-            madvise(ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.end - mapping.start), mmap.MADV_DONTNEED)
+        for found in _of_file(_read("/proc/self/smaps") or "", path):
+            if not found.anonymous:
+                madvise(ctypes.c_void_p(found.start), ctypes.c_size_t(found.end - found.start), mmap.MADV_DONTNEED)
 
     return release
 
@@ -127,22 +138,6 @@ def range_rss(address: int, length: int) -> int | None:
     except OSError:
         return None
     return parse_pagemap(entries, mmap.PAGESIZE)
-
-
-def forget_mapped(path: str | os.PathLike) -> None:
-    """Unmaps the pages of a file from this process until they are read again: nothing is lost, and `mapped_rss` then
-    counts what is used from now on. Mappings that were written privately are left alone.
-    """
-    text = _read("/proc/self/smaps")
-    if text is None or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        madvise = ctypes.CDLL(None).madvise
-        for found in _of_file(text, path):
-            if not found.anonymous:
-                madvise(ctypes.c_void_p(found.start), ctypes.c_size_t(found.end - found.start), mmap.MADV_DONTNEED)
 
 
 class PeakAnonymous:

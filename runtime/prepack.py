@@ -28,7 +28,7 @@ from .device_cache import CacheFile, CacheWriter, cache_folder
 from .errors import BackendError, StorageError
 from .events import Event, Progress, silent
 from .onnx_wire import External, Model, Node, Tensor
-from .session import Place, locate, read, session_options, start, versions
+from .session import Place, door, locate, read, session_options, start, versions
 
 __all__ = ["Estimate", "Prepared", "cache_folder", "estimate", "prepare"]
 
@@ -195,11 +195,8 @@ def _freeze(model: Model, places: Mapping[str, Place], scratch: Path) -> Model:
     options = session_options(threads=1)
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.optimized_model_filepath = str(path)
-    try:
+    with door("The model's graph cannot be opened.", opening=True):
         start(locate(model, places), options)
-    except Exception as error:
-        why = " ".join(str(error).split())[:400]
-        raise BackendError("The model's graph cannot be opened.", why, "Convert the checkpoint again.") from None
     files: dict[str, list[tuple[int, int, str]]] = {}
     for section, place in places.items():
         files.setdefault(place.location, []).append((place.offset, place.offset + place.length, section))

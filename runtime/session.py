@@ -6,9 +6,12 @@ nothing about bundles, models or tokens.
 """
 
 import contextlib
+import ctypes
+import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +21,7 @@ from . import measure, onnx_wire
 from .errors import BackendError, BundleError, ShoalError, UsageError
 
 CPU = "CPUExecutionProvider"
+_OPENING = threading.Lock()
 _DTYPES = {
     "float": np.float32, "double": np.float64, "float16": np.float16, "int8": np.int8, "uint8": np.uint8,
     "int16": np.int16, "uint16": np.uint16, "int32": np.int32, "uint32": np.uint32, "int64": np.int64,
@@ -60,17 +64,18 @@ class Value:
 def open_graph(
     graph: bytes, places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False, provider: str = CPU,
     provider_options: Mapping[str, str] | None = None, whole: bool = False, custom_ops: Sequence[str] = (),
-    profile: str | None = None,
+    profile: str | None = None, repack: bool = True,
 ) -> "Session":  # fmt: skip
     """Opens ModelProto bytes whose external data is in `places`.
 
     `threads` (0: one a core) includes the caller's; with `spinning` they burn the time between two operators. `whole`
     refuses a graph of which `provider` would leave nodes to the CPU. `custom_ops` are libraries of operators, `profile`
-    the prefix of a file of ORT's timings, written by close(). Raises BundleError for a graph that is not one, and
+    the prefix of a file of ORT's timings, written by close(). Without `repack` weights are used where they lie, which
+    saves a copy and is as fast only in fp32. Raises BundleError for a graph that is not one, and
     BackendError where ORT or the provider cannot take it.
     """
     model = read(graph, places)
-    with _door(f"The model's graph cannot be opened on {provider}.", opening=True):
+    with door(f"The model's graph cannot be opened on {provider}.", opening=True):
         options = session_options(threads=threads, spinning=spinning)
         if any(place.prepared for place in places.values()):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -78,16 +83,30 @@ def open_graph(
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         for library in custom_ops:
             options.register_custom_ops_library(library)
+        if not repack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
-        session = start(locate(model, places), options, provider, provider_options)
-        for place in places.values():
-            measure.forget_mapped(place.path)  # what only opening read is not what running uses
-        return Session(session, provider, profile=profile is not None)
+        paths = {os.path.realpath(place.path) for place in places.values()}
+        with _OPENING:  # so that what is mapped meanwhile is this session's
+            before = _mapped(paths)
+            session = start(locate(model, places), options, provider, provider_options)
+            weights = _without(_mapped(paths), before)
+        opened = Session(session, provider, weights, profile=profile is not None)
+        opened.release()  # opening read every weight once, running reads few of those pages
+        return opened
 
 
 def read(graph: bytes, places: Mapping[str, Place]) -> onnx_wire.Model:
-    """The checked model, its external data inside `places`. Raises BundleError."""
+    """The checked model, its external data inside `places`, which are whole. Raises BundleError."""
+    for place in places.values():
+        try:
+            size = os.stat(place.fd if place.fd >= 0 else place.path).st_size
+        except OSError as error:
+            raise BundleError(f"{place.path} cannot be read.", f"{error.strerror}.", "Check the path.") from None
+        if size < place.offset + place.length:
+            why = f"It has {size} bytes; its weights end at {place.offset + place.length}."
+            raise BundleError(f"{place.path} is shorter than it was.", why, "Copy or convert it again.")
     prepared = next((name for name, place in places.items() if place.prepared), None)
     return onnx_wire.read(graph, {name: place.length for name, place in places.items()}, prepared)
 
@@ -159,8 +178,6 @@ def providers() -> list[str]:
 def release_freed_memory() -> None:
     """Gives freed heap back to the system: glibc keeps what repacking used (10 MB of a 200 MB model) otherwise."""
     if sys.platform == "linux":
-        import ctypes
-
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)
 
@@ -168,9 +185,16 @@ def release_freed_memory() -> None:
 class Session:
     """An open graph. Several threads may `run` at once; a `Binding` belongs to one thread at a time."""
 
-    def __init__(self, session: "onnxruntime.InferenceSession", provider: str, profile: bool = False):
+    def __init__(
+        self,
+        session: "onnxruntime.InferenceSession",
+        provider: str,
+        weights: Sequence[tuple[int, int]] = (),
+        profile: bool = False,
+    ):
         self._session: onnxruntime.InferenceSession | None = session
-        self._profile = profile
+        self._weights, self._profile = list(weights), profile
+        self._closing = threading.Lock()
         self.provider = provider
         self.inputs = {value.name: value for value in map(_value, session.get_inputs())}
         self.outputs = {value.name: value for value in map(_value, session.get_outputs())}
@@ -181,7 +205,7 @@ class Session:
         if missing := [name for name in self.inputs if name not in feeds]:
             raise UsageError(f"Input {missing[0]!r} is missing.", "The graph needs every input.", "Pass it.")
         arrays = {name: _checked(self.inputs, name, array) for name, array in feeds.items()}
-        with _door("The model could not be run."):
+        with door("The model could not be run."):
             return dict(zip(names, self._open().run(names, arrays), strict=True))
 
     def bind(self) -> "Binding":
@@ -190,15 +214,26 @@ class Session:
 
     def placement(self) -> dict[str, int]:
         """Execution provider -> how many nodes it took, fused ones counted as one."""
-        with _door("ONNX Runtime does not say where nodes run."):
+        with door("ONNX Runtime does not say where nodes run."):
             found: dict[str, int] = {}
             for part in self._open().get_provider_graph_assignment_info():
                 found[part.ep_name] = found.get(part.ep_name, 0) + len(part.get_nodes())
             return found
 
+    def release(self) -> None:
+        """Lets go of the resident pages of the mapped weights; the page cache keeps them and the next touch brings
+        them back. Rows of an embedding that were gathered once would else count as resident for ever.
+        """
+        with self._closing, contextlib.suppress(AttributeError, OSError, TypeError):
+            madvise = ctypes.CDLL(None).madvise
+            for start, end in self._weights:
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Frees the session and its threads; arrays stay. A second call does nothing."""
-        session, self._session = self._session, None
+        with self._closing:
+            self._weights = []  # these addresses may soon be somebody else's
+            session, self._session = self._session, None
         if session is not None and self._profile:
             session.end_profiling()
         del session
@@ -225,13 +260,13 @@ class Binding:
     def __init__(self, session: Session):
         self._owner = session
         self._arrays: dict[tuple[str, str], np.ndarray] = {}
-        with _door("The model's buffers could not be bound."):
+        with door("The model's buffers could not be bound."):
             self._binding = session._open().io_binding()
 
     def input(self, name: str, array: np.ndarray) -> None:
         """Binds a C-contiguous array of the input's dtype; later writes to it are seen by the next run."""
         array = _checked(self._owner.inputs, name, array, exact=True)
-        with _door(f"Input {name!r} could not be bound."):
+        with door(f"Input {name!r} could not be bound."):
             self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         self._arrays["in", name] = array
 
@@ -240,15 +275,30 @@ class Binding:
         array = _checked(self._owner.outputs, name, array, exact=True)
         if not array.flags.writeable:
             raise UsageError(f"The array for output {name!r} is read-only.", "A run writes it.", "Pass another one.")
-        with _door(f"Output {name!r} could not be bound."):
+        with door(f"Output {name!r} could not be bound."):
             self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         self._arrays["out", name] = array
 
     def run(self) -> None:
         """Runs once on the bound arrays."""
         session = self._owner._open()
-        with _door("The model could not be run."):
+        with door("The model could not be run."):
             session.run_with_iobinding(self._binding)
+
+
+def _mapped(paths: Collection[str]) -> list[tuple[int, int]]:
+    """Address ranges of files as ORT maps them: private, writable and never written. A bundle's own is read-only."""
+    return [(m.start, m.end) for m in measure.mappings() if m.path in paths and m.permissions == "rw-p"]
+
+
+def _without(ranges: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of `ranges` outside `others`: the kernel joins neighbouring mappings of one file into one."""
+    same = set(ranges) & set(others)
+    left = [found for found in ranges if found not in same]
+    for low, high in (found for found in others if found not in same):
+        cut = [((start, min(end, low)), (max(start, high), end)) for start, end in left]
+        left = [part for pair in cut for part in pair if part[0] < part[1]]
+    return left
 
 
 def _value(argument) -> Value:
@@ -281,7 +331,7 @@ def _checked(values: Mapping[str, Value], name: str, array: np.ndarray, exact: b
 
 
 @contextlib.contextmanager
-def _door(what: str, opening: bool = False) -> Iterator[None]:
+def door(what: str, opening: bool = False) -> Iterator[None]:
     """Turns whatever ORT raises (its own classes, RuntimeError, UnicodeDecodeError, ...) into a ShoalError."""
     try:
         yield
@@ -293,7 +343,7 @@ def _door(what: str, opening: bool = False) -> Iterator[None]:
         if "failed to allocate" in lowered or "bad_alloc" in lowered or isinstance(error, MemoryError):
             raise BackendError(what, f"Memory ran out: {why}", "Allow a smaller chunk, context or slots.") from None
         refused = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel", "UnicodeDecodeError")
-        if opening and (type(error).__name__ in refused or "external data" in lowered):
+        if opening and (type(error).__name__ in refused or "external" in lowered):
             raise BundleError(what, why, "Verify the bundle, or convert the checkpoint again.") from None
         fix = "Run shoal doctor; it lists the engine's version and what this machine offers."
         raise BackendError(what, why, fix) from None

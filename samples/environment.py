@@ -54,7 +54,7 @@ def prepare(*extras: str) -> None:
     if PYTHON.exists() and found.get("project") == wanted["project"] and set(extras) <= set(found_extras):
         return
     wanted["extras"] = sorted({*extras, *found_extras})
-    if not PYTHON.exists():
+    if not _has_pip():  # never made, or stopped half way
         _make()
     _install(wanted["extras"])
     _STAMP.write_text(json.dumps(wanted))
@@ -67,14 +67,19 @@ def _read_stamp() -> dict:
         return {}
 
 
+def _has_pip() -> bool:
+    command = [str(PYTHON), "-m", "pip", "--version"]
+    return PYTHON.exists() and subprocess.run(command, capture_output=True).returncode == 0
+
+
 def _make() -> None:
     with Line("making .venv") as line:
         code, output = run([sys.executable, "-m", "venv", "--clear", str(VENV)], line)
-    if code:
-        fix = "Install Python's venv module (on Debian: apt install python3-venv) and run this again."
-        if "ensurepip" not in output and "No module named venv" not in output:
-            fix = f"Python said:\n{_last(output)}"
-        raise SetupError(f"The environment {VENV} could not be made.\n{fix}")
+        if code:
+            fix = "Install Python's venv module (on Debian: apt install python3-venv) and run this again."
+            if "ensurepip" not in output and "No module named venv" not in output:
+                fix = f"Python said:\n{_last(output)}"
+            raise SetupError(f"The environment {VENV} could not be made.\n{fix}")
 
 
 def _install(extras: list[str]) -> None:
@@ -82,12 +87,12 @@ def _install(extras: list[str]) -> None:
                "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]  # fmt: skip
     with Line("installing packages in .venv (once)") as line:
         code, output = run(command, line)
-    if code:
-        raise SetupError(
-            "The packages that shoal needs could not be installed.\n"
-            f"pip said:\n{_last(output)}\n"
-            "If the network was down, run this again: it goes on where it stopped. To start over, delete .venv."
-        )
+        if code:
+            raise SetupError(
+                "The packages that shoal needs could not be installed.\n"
+                f"pip said:\n{_last(output)}\n"
+                "If the network was down, run this again: it goes on where it stopped. To start over, delete .venv."
+            )
 
 
 def run(command: list[str], line: "Line", **options) -> tuple[int, str]:
@@ -106,7 +111,7 @@ def run(command: list[str], line: "Line", **options) -> tuple[int, str]:
 def _last(output: str, lines: int = 8) -> str:
     """The lines of pip's output that matter: its errors, or else the end."""
     found = [text for text in output.splitlines() if text.strip()]
-    errors = [text for text in found if "error" in text.lower()]
+    errors = [text for text in found if text.lstrip().startswith("ERROR:")]
     return "\n".join(f"  {text.strip()}" for text in (errors or found)[-lines:])
 
 
@@ -132,7 +137,7 @@ class Line:
         self.tell(f"{'#' * round(20 * part):20} {part:4.0%} of {total / 2**20:.0f} MiB")
 
     def __exit__(self, kind, *_) -> None:
-        end = "failed" if kind else f"{time.monotonic() - self._began:.0f} s"
+        end = "stopped" if kind else f"{time.monotonic() - self._began:.0f} s"
         self._write(f"{self._stage} … {end}", end="\n")
 
     def _write(self, text: str, end: str) -> None:

@@ -43,6 +43,7 @@ log = logging.getLogger("shoal.server")
 
 _PING_SECONDS = 15.0  # of silence in a stream, after which a comment keeps proxies from closing it
 _BODY_SECONDS = 30.0  # for a body to arrive
+_PATIENCE = 16  # times the limit that is read and dropped, so that a client hears why; beyond, it is cut off
 _LAST_SECONDS = 10.0  # for a stalled client to take what was sent, after the deadline
 _EMBED_AT_ONCE = 16  # texts between two looks at whether the client is still there
 _GONE = 499  # nginx's status for a client that did not wait
@@ -179,21 +180,20 @@ class Service:
         if kind != "application/json":  # also what keeps a form of a foreign web page out
             raise RequestError(None, "unsupported_media_type", f"Its content type is {kind[:40]!r}.",
                                "Send application/json.", 415)  # fmt: skip
-        too_large = RequestError(None, "body_too_large", f"It is larger than {self.limits.body_bytes} bytes.",
-                                 "Send less.", 413)  # fmt: skip
-        length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > self.limits.body_bytes:
-            raise too_large
-        body = bytearray()
+        most, body, received = self.limits.body_bytes, bytearray(), 0
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for part in request.stream():
-                    body += part
-                    if len(body) > self.limits.body_bytes:
-                        raise too_large
+                    received += len(part)
+                    if received <= most:
+                        body += part
+                    elif received > _PATIENCE * most:
+                        break
         except TimeoutError:
             why = f"Its body did not arrive within {_BODY_SECONDS:g} seconds."
             raise RequestError(None, "timeout", why, "Send it faster.", 408) from None
+        if received > most:
+            raise RequestError(None, "body_too_large", f"It is larger than {most} bytes.", "Send less.", 413)
         return parse_body(bytes(body))
 
     def _find(self, name: str, task: str | None = None) -> Served:
@@ -449,7 +449,7 @@ async def _by(deadline: float) -> AsyncIterator[None]:
 
 async def _refusal(request: Request, error: Exception) -> Response:
     status, body, headers = _explain(error)
-    if status == 500 and isinstance(error, ShoalError):  # any other is logged by whoever runs the application
+    if status == 500 and isinstance(error, ShoalError):  # any other goes on, and is logged by the gate
         log.error("%s %s: %d", request.method, request.url.path, status, exc_info=error)
     return JSONResponse(body, status, headers)
 

@@ -55,8 +55,10 @@ class Gate:
         try:
             refused = self._refuse(scope)
             await (refused or self.app)(scope, receive, sending)
-        except TimeoutError:  # a client that stopped reading; leaving now closes its connection
-            log.warning("%s: closed, the client stopped reading", scope["path"])
+        except TimeoutError:  # leaving before the response is complete closes its connection
+            log.warning("%r: closed, the client stopped reading", scope["path"])
+        except Exception as error:  # it was answered with 500; the connection's next request shall not pay for it
+            log.error("%s %r failed", scope["method"], scope["path"], exc_info=error)
         finally:
             seconds = time.monotonic() - begun
             path = scope["path"] if scope["path"] in self.paths else "other"

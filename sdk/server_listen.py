@@ -85,7 +85,8 @@ def listen(
     """
     try:
         config = uvicorn.Config(
-            app, http=_Impatient, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+            app, http=_Impatient, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="warning",
+            access_log=False,
             server_header=False, proxy_headers=False, timeout_graceful_shutdown=max(1, round(drain_seconds)),
             limit_concurrency=connections + _CONNECTIONS, ssl_certfile=certificate, ssl_keyfile=private_key,
         )  # fmt: skip

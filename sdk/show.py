@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from .runtime.errors import ShoalError
 from .runtime.events import Event
 
+BYTES = ("B", "bytes")  # units of events that are shown in KiB, MiB, GiB
 _QUIET_SECONDS = 5.0  # between two lines of one stage, where there is no terminal
 
 
@@ -84,9 +85,10 @@ class Show:
         if self._bar is None or event.stage != self._stage:
             self._close_bar()
             self._stage = event.stage
+            in_bytes = event.unit in BYTES
             self._bar = tqdm(
-                desc=event.stage, total=event.total or None, unit=event.unit or "it", unit_scale=event.unit == "B",
-                file=self._stderr, dynamic_ncols=True, leave=True, smoothing=0.1,
+                desc=event.stage, total=event.total or None, unit="B" if in_bytes else f" {event.unit or 'steps'}",
+                unit_scale=in_bytes, unit_divisor=1024, file=self._stderr, dynamic_ncols=True, smoothing=0.1,
             )  # fmt: skip
         bar = self._bar
         if event.total and bar.total != event.total:
@@ -111,13 +113,13 @@ class Show:
 
 def describe(event: Event) -> str:
     """An event as one line of text."""
-    amount = size if event.unit == "B" else "{:,}".format
+    amount = size if event.unit in BYTES else "{:,}".format
     count = ""
     if event.total:
         count = f" {amount(event.done)} of {amount(event.total)}"
     elif event.done:
         count = f" {amount(event.done)}"
-    unit = f" {event.unit}" if count and event.unit not in ("", "B") else ""
+    unit = f" {event.unit}" if count and event.unit not in ("", *BYTES) else ""
     return f"{event.stage}{count}{unit}{': ' + event.detail if event.detail else ''}"
 
 

@@ -41,7 +41,7 @@ def _model(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_gguf() -> Path:
-    """2 blocks of width 16, 32k tokens, F16: loads and runs, says nothing sensible."""
+    """2 blocks of width 16 with heads of 4, 32k tokens, F16: for readers of the format."""
     return _model("tiny")
 
 
@@ -78,9 +78,15 @@ def _bundle(source: Path, tmp_path_factory, name: str, recipe: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_gguf, tmp_path_factory) -> Path:
-    """`tiny_gguf` in fp32."""
-    return _bundle(tiny_gguf, tmp_path_factory, "tiny", "fp32")
+def tiny_folder() -> Path:
+    """A llama of a few thousand random weights, a Hugging Face folder that is part of the tests."""
+    return ROOT / "tests" / "data" / "tiny" / "llama"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_folder, tmp_path_factory) -> Path:
+    """`tiny_folder` in fp32."""
+    return _bundle(tiny_folder, tmp_path_factory, "tiny", "fp32")
 
 
 @pytest.fixture(scope="session")

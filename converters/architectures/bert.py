@@ -12,6 +12,9 @@ from shoal.runtime.card import Card
 from ..graph import MICROSOFT, GraphBuilder
 
 MODEL_TYPES = ("bert",)
+_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
 
 
 def card(config, source: str) -> Card:
@@ -19,7 +22,7 @@ def card(config, source: str) -> Card:
     if hidden % heads:
         config.refuse(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
     named = config.text("hidden_act", "gelu")
-    activation = {"gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(named)
+    activation = _ACTIVATIONS.get(named)
     if activation is None:
         config.refuse(f"activation {named!r} is not supported")
     if config.text("position_embedding_type", "absolute") != "absolute":
@@ -116,8 +119,9 @@ def _attention(g: GraphBuilder, card: Card, x: ir.Value, prefix: str, key_mask: 
     qkv = g.linear(tuple(f"{prefix}.self.{part}" for part in ("query", "key", "value")), x, bias=True)
     q, k, v = g.op("Split", qkv, outputs=3, axis=-1, num_outputs=3)
     y = g.op(
-        "MultiHeadAttention", q, k, v, None, key_mask, domain=MICROSOFT, num_heads=card.heads, scale=card.attention_scale
-    )
+        "MultiHeadAttention", q, k, v, None, key_mask, domain=MICROSOFT,
+        num_heads=card.heads, scale=card.attention_scale,
+    )  # fmt: skip
     return g.linear(f"{prefix}.output.dense", y, bias=True)
 
 

@@ -31,13 +31,13 @@ def map_file(path: Path) -> mmap.mmap:
 def read_file(path: Path, limit: int) -> bytes:
     """A regular file of at most `limit` bytes."""
     with open(_open(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise _unreadable(path, f"It has {size} bytes; {limit} is the limit.")
         try:
-            data = file.read(limit + 1)
+            return file.read(size)
         except OSError as error:
             raise _unreadable(path, str(error)) from None
-    if len(data) > limit:
-        raise _unreadable(path, f"It is longer than {limit} bytes.")
-    return data
 
 
 def parse_json(data: bytes, origin: object, kind: type = dict):

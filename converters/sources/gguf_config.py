@@ -278,5 +278,6 @@ def adds_bos(metadata: Metadata) -> bool:
     """Whether encoding begins with the beginning-of-text token; where the file is silent, llama.cpp's default."""
     model = metadata.text("tokenizer.ggml.model", "")
     before = metadata.text("tokenizer.ggml.pre", "")
-    silent = model == "llama" or model == "gpt2" and before in ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-    return metadata.flag("tokenizer.ggml.add_bos_token", silent)
+    silent = model == "llama" or before in ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+    known = model == "llama" or "tokenizer.ggml.bos_token_id" in metadata
+    return metadata.flag("tokenizer.ggml.add_bos_token", silent and known)

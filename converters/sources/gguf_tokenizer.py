@@ -210,6 +210,7 @@ def _implied_merges(tokens: list[str], kinds: list[int], scores: list[float], re
     """
     pieces = {text for text, kind in zip(tokens, kinds, strict=True) if kind in (_NORMAL, _USER_DEFINED, _UNUSED)}
     merges: list[tuple[float, int, int, str, str]] = []
+    most = 8 * len(tokens) + (1 << 16)  # a real vocabulary has two a token
     for text, kind, score in zip(tokens, kinds, scores, strict=True):
         if kind not in (_NORMAL, _USER_DEFINED, _UNUSED):
             continue
@@ -221,6 +222,8 @@ def _implied_merges(tokens: list[str], kinds: list[int], scores: list[float], re
             left = text[:cut]
             if left in pieces and (right := text[cut:]) in pieces:
                 merges.append((-score, -cut, len(text), left, right))
+        if len(merges) > most:
+            raise refuse(f"Its {len(tokens)} tokens can be halved in more than {most} ways.")
     merges.sort()
     return [(left, right) for *_, left, right in merges]
 

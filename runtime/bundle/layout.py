@@ -69,7 +69,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX graph over blocks `first_block` to `last_block`, both included (both 0 where blocks mean nothing).
+    """An ONNX graph over the blocks range(first_block, last_block), so last_block itself is not in it.
 
     `role` says what it computes (decode, embed, ...), `backend` for which processor it was made (cpu, gpu, npu, ...),
     `chunk` how many tokens it takes a step (0: any number), `section` which section of kind "graph" holds it.

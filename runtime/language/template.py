@@ -8,7 +8,7 @@ template prints is what `transformers` prints. It knows nothing about messages o
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache, wraps
@@ -17,20 +17,23 @@ from typing import Any
 from ..errors import BundleError, MissingPackageError, UsageError
 
 _LONGEST_TEMPLATE = 1 << 18  # characters
-_MOST_STEPS = 1 << 20  # loop steps, calls and filters of one rendering
+_MOST_STEPS = 1 << 18  # loop steps, calls, filters and looks into values of one rendering
 _MOST_MADE = 1 << 26  # bytes, roughly, of all values that one rendering makes
-_LARGEST = 1 << 22  # characters and items of one value
-_WIDEST = 64  # of an indentation, an exponent, digits after the point
+_LARGEST = 1 << 22  # bytes, in the same way, of one value
+_ITEM = 8  # what an item of a list counts beside a character
+_DEEPEST = 100  # lists within lists
+_WIDEST = 64  # an exponent, digits after the point
 
 _FILTERS = (
     "abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min "
-    "reject rejectattr reverse round safe select selectattr sort title trim unique upper"
+    "reject rejectattr reverse safe select selectattr sort title trim unique upper"
 ).split()
 _TEXT_METHODS = frozenset(
-    "capitalize count endswith find format index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle "
+    "capitalize count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle "
     "isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
     "splitlines startswith strip swapcase title upper".split()
 )
+_PRINTING = frozenset("capitalize e escape float int lower safe title trim upper".split())  # make a text of anything
 _WIDE_FORMAT = re.compile(r"\d{4}|\*|\{[^{}]*\{")  # a width that is long, or comes from a value
 
 
@@ -48,15 +51,15 @@ class _Meter:
     def __init__(self) -> None:
         self.steps = self.made = 0
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, count: int = 1) -> None:
+        self.steps += count
         if self.steps > _MOST_STEPS:
             raise _Exceeded(f"it takes more than {_MOST_STEPS} steps")
 
     def make(self, value: Any) -> Any:
         """Counts a value that was made, and returns it."""
         if isinstance(value, (str, list, tuple, dict)):
-            self.made += len(value) if isinstance(value, str) else 8 * len(value)
+            self.made += len(value) if isinstance(value, str) else _ITEM * len(value)
             if self.made > _MOST_MADE or len(value) > _LARGEST:
                 raise _Exceeded("it makes too much")
         return value
@@ -80,7 +83,9 @@ def render(template: str, **values: Any) -> str:
         raise UsageError("The model's chat template refuses the messages.", why, "Change them as it says.") from None
     except Exception as error:
         why = f"{type(error).__name__.lstrip('_')}: {error}"[:300]
-        raise BundleError("The model's chat template failed.", why, "Check the messages, or use a text prompt.") from None
+        raise BundleError(
+            "The model's chat template failed.", why, "Check the messages, or use a text prompt."
+        ) from None
     finally:
         _METER.reset(meter)
 
@@ -174,6 +179,18 @@ def _environment():
             known = not isinstance(obj, str) or attr in _TEXT_METHODS
             return known and super().is_safe_attribute(obj, attr, value)
 
+        def wrap_str_format(self, value):
+            wrapped = super().wrap_str_format(value)
+            if wrapped is None:
+                return None
+
+            def format(*args, **kwargs):
+                _narrow(value.__self__)
+                _extent([*args, kwargs])
+                return wrapped(*args, **kwargs)
+
+            return format
+
         def call_binop(self, context, operator, left, right):
             _METER.get().step()
             _bound_operation(operator, left, right)
@@ -182,8 +199,8 @@ def _environment():
         def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805 - a template may pass any keyword
             _METER.get().step()
             if isinstance(text := getattr(__obj, "__self__", None), str):
-                _bound_method(__obj.__name__, text, args, kwargs)
-            return _METER.get().make(super(Sandbox, __self).call(__context, __obj, *args, **kwargs))
+                _bound_method(__obj.__name__, text, args)
+            return _METER.get().make(super().call(__context, __obj, *args, **kwargs))
 
     class Namespace(jinja2.utils.Namespace):
         def __init__(*args, **kwargs):
@@ -207,17 +224,40 @@ def _environment():
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.finalize = jinja2.pass_context(lambda context, value: _METER.get().make(_text(value)))
-    environment.filters = {name: _guarded(name, environment.filters[name]) for name in _FILTERS}
-    environment.filters |= {name: _guarded(name, function) for name, function in _OWN_FILTERS.items()}
-    environment.filters |= {"_counted": _counted, "_bounded": _bounded, "_made": lambda value: _METER.get().make(value)}
-    builtin = environment.globals
-    environment.globals = {name: builtin[name] for name in ("range", "cycler", "joiner")}
-    environment.globals |= {
-        "dict": lambda *args, **kwargs: _bounded(dict(*args, **kwargs)),
-        "namespace": Namespace,
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(_narrow(form)),
-    }
+    builtin = environment.filters
+
+    @jinja2.pass_eval_context
+    def join(context, values, separator="", attribute=None):
+        values = list(values)
+        _limit(len(_text(separator)) * len(values))
+        _extent(values)
+        return builtin["join"](context, values, separator, attribute)
+
+    @jinja2.pass_eval_context
+    def replace(context, text, old, new, count=None):
+        _bound_method("replace", text := _text(text), (old, new))
+        return builtin["replace"](context, text, old, new, count)
+
+    def indent(text, width=4, first=False, blank=False):
+        text = _text(text)
+        _limit(len(text) + (text.count("\n") + 1) * (len(width) if isinstance(width, str) else width))
+        return builtin["indent"](text, width, first, blank)
+
+    def round(value, precision=0, method="common"):
+        if abs(precision) > _WIDEST:
+            raise _Exceeded("it rounds to many digits")
+        return builtin["round"](value, precision, method)
+
+    filters = {name: builtin[name] for name in _FILTERS}
+    filters |= {"join": join, "replace": replace, "indent": indent, "round": round, "string": _text, "tojson": _tojson}
+    environment.filters = {name: _guarded(name, function) for name, function in filters.items()}
+    environment.filters |= {"_counted": _counted, "_bounded": _bounded, "_joined": _joined, "_made": _made}
+    names: dict[str, Any] = {name: environment.globals[name] for name in ("range", "cycler", "joiner")}
+    names["dict"] = lambda *args, **kwargs: _bounded(dict(*args, **kwargs))
+    names["namespace"] = Namespace
+    names["raise_exception"] = _raise_exception
+    names["strftime_now"] = lambda form: datetime.now().strftime(_narrow(form))
+    environment.globals = names
     return environment
 
 
@@ -232,30 +272,46 @@ def _counted(values: Iterable) -> Iterator:
         yield value
 
 
-def _bounded(value: Any) -> Any:
-    """The same value, where all that it holds, shared parts counted each time, is not too large."""
-    held, rest = 0, [value]
+def _made(value: Any) -> Any:
+    return _METER.get().make(value)
+
+
+def _joined(values: list) -> str:
+    """What `~` makes."""
+    return _made("".join(map(_text, values)))
+
+
+def _extent(value: Any) -> int:
+    """How much a value holds, parts that are shared counted each time. Raises where that is too much or too deep."""
+    held = seen = 0
+    rest = [(value, 0)]
     while rest:
-        part = rest.pop()
-        if isinstance(part, (str, list, tuple, dict)):
+        part, depth = rest.pop()
+        seen += 1
+        if isinstance(part, str):
             held += len(part) + 1
-            if held > _LARGEST:
-                raise _Exceeded("it makes a value that is too large")
+        elif isinstance(part, (list, tuple, dict)):
+            held += _ITEM * (len(part) + 1)
+        if held > _LARGEST or depth > _DEEPEST:
+            raise _Exceeded("it makes a value that is too large")
+        if isinstance(part, (list, tuple, dict)):
+            rest.extend((inner, depth + 1) for inner in part)
         if isinstance(part, dict):
-            rest.extend(part)
-            rest.extend(part.values())
-        elif isinstance(part, (list, tuple)):
-            rest.extend(part)
+            rest.extend((inner, depth + 1) for inner in part.values())
+    _METER.get().step(seen >> 2)
+    return held
+
+
+def _bounded(value: Any) -> Any:
+    _extent(value)
     return value
 
 
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return str(_bounded(list(value) if isinstance(value, _VIEWS) else value))
-
-
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+    _extent(list(value) if isinstance(value, (KeysView, ValuesView, ItemsView)) else value)
+    return str(value)
 
 
 def _narrow(form: str) -> str:
@@ -278,21 +334,17 @@ def _bound_operation(operator: str, left: Any, right: Any) -> None:
             raise _Exceeded("it makes a huge number")
         for value, times in ((left, right), (right, left)):
             if isinstance(value, (str, list, tuple)) and isinstance(times, int):
-                _limit((1 + sum(len(_text(item)) for item in value)) * times)
+                _limit(_extent(value) * times)
     if operator == "%" and isinstance(left, str):
         _narrow(left)
-        _bounded(right)
+        _extent(right)
 
 
-def _bound_method(name: str, text: str, args: tuple, kwargs: dict) -> None:
-    if name == "replace" and len(args) > 1 and all(isinstance(part, str) for part in args[:2]):
+def _bound_method(name: str, text: str, args: tuple) -> None:
+    if name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
         _limit(len(text) + text.count(args[0]) * len(args[1]))
     elif name == "join" and args:
         _limit(len(text) * (len(args[0]) if hasattr(args[0], "__len__") else _MOST_STEPS))
-        _bounded(args[0])
-    elif name == "format":
-        _narrow(text)
-        _bounded([*args, kwargs])
 
 
 def _guarded(name: str, function: Callable) -> Callable:
@@ -300,17 +352,10 @@ def _guarded(name: str, function: Callable) -> Callable:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         _METER.get().step()
         if name in _PRINTING:
-            _bounded(args[0])
-        if name in ("round", "indent", "tojson"):
-            for value in (*args[1:], *kwargs.values()):
-                if isinstance(value, int) and value > _WIDEST:
-                    raise _Exceeded("it asks for a wide layout")
-        return _METER.get().make(function(*args, **kwargs))
+            _extent(args[0])
+        return _made(function(*args, **kwargs))
 
     return guarded
-
-
-_PRINTING = frozenset("capitalize e escape float int lower safe title tojson trim upper".split())
 
 
 def _raise_exception(message: Any) -> None:
@@ -318,5 +363,6 @@ def _raise_exception(message: Any) -> None:
 
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Like transformers: not escaped for HTML."""
+    """As transformers has it: nothing is escaped for HTML."""
+    _limit(_extent(value) * (1 + (len(indent) if isinstance(indent, str) else indent or 0)))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -33,10 +33,10 @@ def run(arguments: argparse.Namespace, show) -> int:
     card = found["card"] or {}
     show.line("\ncard")
     show.table([(f"  {field}", str(card[field])) for field in _CARD if field in card])
-    for kind in ("recipe", "parity"):
-        if found[kind]:
+    for kind, rows in (("recipe", recipe_rows(found["recipe"] or {})), ("parity", parity_rows(found["parity"] or {}))):
+        if rows:
             show.line(f"\n{kind}")
-            show.table([(f"  {key}", _brief(value)) for key, value in found[kind].items()])
+            show.table([(f"  {label}", text) for label, text in rows])
     show.line()
     show.table(
         [(s["kind"], s["name"], s["offset"], s["bytes"], s["alignment"], "yes" if s["required"] else "no",
@@ -81,6 +81,23 @@ def describe(bundle) -> dict:
     }  # fmt: skip
 
 
-def _brief(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+def recipe_rows(recipe: dict) -> list[tuple[str, str]]:
+    """A recipe's JSON for a person."""
+
+    def format_of(value: dict) -> str:
+        if value.get("bits") == 32:
+            return "fp32"
+        zero_points = "symmetric" if value.get("symmetric") else "with zero points"
+        return f"{value.get('bits')} bits in groups of {value.get('group')}, {zero_points}"
+
+    rows = [(key, format_of(recipe[key])) for key in ("linear", "embedding", "head") if key in recipe]
+    rows += [(pattern, format_of(rule)) for pattern, rule in recipe.get("rules", ())]
+    return [(key, str(recipe[key])) for key in ("name", "method") if key in recipe] + rows
+
+
+def parity_rows(parity: dict) -> list[tuple[str, str]]:
+    """The figures of a parity run for a person, one line each for this recipe and for plain rounding."""
+    from shoal.converters.report import describe_parity
+
+    labels = {"parity": "with the source", "baseline": "rounded to nearest"}
+    return [(label, describe_parity(parity[key])) for key, label in labels.items() if parity.get(key)]

@@ -40,13 +40,11 @@ def run(arguments: argparse.Namespace, show) -> int:
 
 
 def step(model) -> None:
-    """Makes a loaded model touch what it maps: one step of it."""
+    """Makes a loaded model touch what it maps: the longest prefill step and a decode step."""
     if model.card.task == "embed":
         model.embed(["one"])
     else:
-        with model.generate("one", max_tokens=2) as answer:
-            for _ in answer:
-                pass
+        model.generate([0] * min(model.plan.chunk, model.plan.context - 2), max_tokens=2).finish()
 
 
 def _mib(count: int | None) -> str:

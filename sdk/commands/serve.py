@@ -7,6 +7,7 @@ one that is made and shown once. SIGINT or SIGTERM lets running requests end. Se
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from .. import options
 
@@ -64,12 +65,10 @@ def run(arguments: argparse.Namespace, show) -> int:
     key = _key(arguments, show)
     with contextlib.ExitStack() as stack:
         bound = stack.enter_context(bind(arguments.host, arguments.port))
-        models = {}
-        for name, bundle in zip(names, arguments.bundles, strict=True):
-            keywords = options.loading(arguments) | {"queue": arguments.queue + arguments.slots}
-            models[name] = stack.enter_context(
-                load(bundle, threads=arguments.threads, progress=show.progress, **keywords)
-            )
+        models = {
+            name: stack.enter_context(load(bundle, progress=show.progress, **_loading(bundle, arguments)))
+            for name, bundle in zip(names, arguments.bundles, strict=True)
+        }
         service = Service(models, Limits(arguments.queue, arguments.timeout))
         app = guarded(
             service, arguments.host, api_key=key, allow_hosts=arguments.allow_host, origins=arguments.cors_origin
@@ -83,6 +82,19 @@ def run(arguments: argparse.Namespace, show) -> int:
             ready=lambda: show.line(f"Serving {', '.join(names)} at {url} (Ctrl-C stops)"),
         )  # fmt: skip
     return 0
+
+
+def _loading(bundle: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `load`. What shapes a conversation's cache holds for models that generate."""
+    from shoal.runtime.bundle import Bundle
+    from shoal.runtime.card import Card
+
+    with Bundle.open(bundle) as opened:
+        card = Card.from_json(opened.bytes(opened.section("card")))
+    if card.task == "embed":
+        return {"memory": arguments.memory, "threads": arguments.threads}
+    queue = arguments.queue + arguments.slots
+    return options.loading(arguments) | {"threads": arguments.threads, "queue": queue}
 
 
 def _key(arguments: argparse.Namespace, show) -> str:

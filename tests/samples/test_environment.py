@@ -30,6 +30,7 @@ def commands(checkout, monkeypatch):
         return 0, ""
 
     monkeypatch.setattr(environment, "run", run)
+    monkeypatch.setattr(environment, "_has_pip", environment.PYTHON.exists)
     return ran
 
 

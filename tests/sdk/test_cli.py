@@ -78,11 +78,17 @@ def test_a_reader_that_leaves_is_no_error():
     assert "Traceback" not in said and "BrokenPipe" not in said
 
 
+WAITS = """
+import sys, time
+from shoal import cli
+from shoal.commands import inspect
+inspect.run = lambda arguments, show: (print("ready", flush=True), time.sleep(60))
+sys.exit(cli.main(["inspect", "x.shoal"]))
+"""
+
+
 def test_ctrl_c_is_status_130_without_a_traceback():
-    # The verb waits for a prompt on standard input, or is still importing: either may be interrupted
-    code = "import sys; from shoal.cli import main; print('ready', flush=True); sys.exit(main(['run', 'x.shoal']))"
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()

@@ -51,8 +51,8 @@ def test_bars_on_a_terminal_are_closed_before_text():
     pytest.importorskip("tqdm")
     show, out, err = made(stderr=Terminal())
     with show:
-        show.progress(Event("fetch", 5 << 20, 10 << 20, unit="B"))
-        show.progress(Event("fetch", 10 << 20, 10 << 20, unit="B"))
+        show.progress(Event("fetch", 5 << 20, 10 << 20, unit="bytes"))
+        show.progress(Event("fetch", 10 << 20, 10 << 20, unit="bytes"))
         show.text("an answer")
         show.progress(Event("again"))
     assert "fetch: 100%" in err.getvalue() and "again" in err.getvalue()
@@ -60,7 +60,7 @@ def test_bars_on_a_terminal_are_closed_before_text():
 
 
 def test_describe():
-    assert describe(Event("fetch", 1 << 20, 4 << 20, "part 1", "B")) == "fetch 1.00 MiB of 4.00 MiB: part 1"
+    assert describe(Event("fetch", 1 << 20, 4 << 20, "part 1", "bytes")) == "fetch 1.00 MiB of 4.00 MiB: part 1"
     assert describe(Event("convert", 3, 30, unit="tensors")) == "convert 3 of 30 tensors"
     assert describe(Event("load", detail="x.shoal")) == "load: x.shoal"
 

@@ -109,10 +109,10 @@ def write_gguf():
 @pytest.fixture(scope="session")
 def refused():
     """`with refused() as failure:` the block fails with a SourceError that says what, why and how to go on, and holds
-    no more than 16 MB on the way; `failure.value` is the error."""
+    no more than `most` bytes on the way; `failure.value` is the error."""
 
     @contextmanager
-    def expect():
+    def expect(most=16 << 20):
         tracemalloc.start()
         try:
             with pytest.raises(SourceError) as caught:
@@ -121,6 +121,6 @@ def refused():
         finally:
             tracemalloc.stop()
         assert caught.value.what and caught.value.why and caught.value.fix
-        assert peak < 16 << 20
+        assert peak < most
 
     return expect

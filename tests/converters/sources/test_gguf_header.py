@@ -115,8 +115,9 @@ def test_hostile_file(case, gguf_bytes, opened, refused):
 
 def test_many_small_strings_cost_little(gguf_bytes, opened, refused):
     """A length that fits, but beyond any vocabulary: refused before the strings are walked."""
+    data = gguf_bytes([array(STRING, 5_000_000, bytes(40_000_000))])
     with refused():
-        opened(gguf_bytes([array(STRING, 5_000_000, bytes(40_000_000))]))
+        opened(data)
 
 
 def test_every_prefix_is_refused(gguf_bytes, llama_keys, tmp_path):

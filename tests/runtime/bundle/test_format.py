@@ -36,8 +36,8 @@ def write_golden(path: Path) -> None:
         writer.add("chat_template", "", b"")
         writer.add("tokenizer", "", noise(77), alignment=16)
         writer.add("org.example.note", "Grüße, 世界", "läuft".encode(), alignment=1)
-        writer.graph(Graph("decode", "decode", "cpu", 0, 0, 1, "decode"))
-        writer.graph(Graph("prefill-256", "decode", "npu", 256, 1, 1, "prefill-256"))
+        writer.graph(Graph("decode", "decode", "cpu", 0, 0, 2, "decode"))
+        writer.graph(Graph("prefill-256", "decode", "npu", 256, 1, 2, "prefill-256"))
         writer.commit()
 
 
@@ -45,7 +45,7 @@ def test_todays_reader_opens_format_1_0():
     with Bundle.open(GOLDEN) as bundle:
         bundle.verify()
         assert bundle.version == (1, 0)
-        assert bundle.digest == "b5190eb8a77ff95a8fdb3af3ddf8c7443eb22326441f3b6613212ed5e823be04"
+        assert bundle.digest == "51580bf7a7b24531a43f9608036e9da758669a7ce0a169d824a0652f4c0be173"
         assert [(s.kind, s.name, s.offset, s.length, s.alignment, s.required) for s in bundle.sections] == [
             ("card", "", 64, 32, 64, True),
             ("recipe", "", 96, 31, 1, False),
@@ -57,8 +57,8 @@ def test_todays_reader_opens_format_1_0():
             ("org.example.note", "Grüße, 世界", 8717, 6, 1, False),
         ]
         assert bundle.graphs == (
-            Graph("decode", "decode", "cpu", 0, 0, 1, "decode"),
-            Graph("prefill-256", "decode", "npu", 256, 1, 1, "prefill-256"),
+            Graph("decode", "decode", "cpu", 0, 0, 2, "decode"),
+            Graph("prefill-256", "decode", "npu", 256, 1, 2, "prefill-256"),
         )
         assert bundle.bytes(bundle.section("card")) == b'{"name": "golden", "blocks": 2}\n'
         weights = bundle.view(bundle.section("weights", "weights"))

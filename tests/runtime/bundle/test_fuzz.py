@@ -235,7 +235,7 @@ def test_forged_entries(forge, tables, changes):
 
 
 @pytest.mark.deep
-@explore(50_000)
+@explore(20_000)
 @given(changes=CHANGES)
 def test_forged_entries_deep(forge, tables, changes):
     forge_entries(forge, tables, changes)

@@ -103,7 +103,7 @@ def prepare(
             if found is None:
                 expected = _estimate(model)
                 # Beside the file itself: one node's weights and their copy, as ORT writes them
-                device_cache.make_room(folder, expected.repacked + 4 * expected.largest + (1 << 20), limit)
+                device_cache.make_room(folder, expected.repacked + 3 * expected.largest + (1 << 20), limit)
                 index: dict = {}
                 with device_cache.create(folder, name, index) as writer:
                     _fill(writer, index, model, places, expected.repacked, progress)
@@ -159,23 +159,24 @@ def _fill(
     constants = {tensor.name: tensor for tensor in frozen.tensors}
     weights = {name: tensor for name, tensor in constants.items() if tensor.external}
     entries: dict[str, str] = {}
-    cold: set[str] = set()
+    cold, direct = set[str](), set[str]()
     repacked = private = 0
     for node in frozen.nodes:
         if not _packs(node, constants):
+            direct.update(node.inputs)
             continue
         progress(Event("prepare", repacked, max(total, repacked), node.name or node.op, "bytes"))
         found = _repack(writer, frozen, node, places)
         if found is None:
             private += _packed_bytes(node, weights[node.inputs[1]])
             continue
+        (cold if found else direct).update(node.inputs)
         for key, blobs in found:
             if key in entries:
                 private += sum(map(len, blobs))
                 continue
             entries[key] = onnx_wire.entry(key, [writer.at(writer.add(blob)) for blob in blobs])
             repacked += sum(map(len, blobs))
-            cold.update(name for name in node.inputs if name in weights)
     graph = frozen.data
     if entries:
         carrier = min((t for t in weights.values() if t.nbytes), key=lambda tensor: tensor.nbytes)
@@ -184,7 +185,7 @@ def _fill(
         graph = onnx_wire.relocate(frozen, lambda tensor: moved if tensor.name == carrier.name else None)
     index |= {
         "graph": writer.add(graph), "section": section, "repacked": repacked, "private": private,
-        "cold": sum(weights[name].nbytes for name in cold),
+        "cold": sum(weights[name].nbytes for name in (cold - direct) & weights.keys()),
     }  # fmt: skip
     progress(Event("prepare", repacked, repacked, unit="bytes"))
 
@@ -222,7 +223,7 @@ def _repack(
     What ORT saved is opened again and has to compute, bit by bit, what the fresh copy computed.
     """
     tensors = [tensor for tensor in frozen.tensors if tensor.name in node.inputs]
-    writer.reserve(4 * sum(tensor.nbytes for tensor in tensors) + (1 << 20))  # else ORT fails in its own words
+    writer.reserve(3 * sum(tensor.nbytes for tensor in tensors) + (1 << 20))  # else ORT fails in its own words
     path, data = writer.scratch / "one.onnx", writer.scratch / "one.data"
     options = session_options(threads=1)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -269,15 +270,14 @@ def _packs(node: Node, constants: Mapping[str, Tensor]) -> bool:
 def _estimate(model: Model) -> Estimate:
     constants = {tensor.name: tensor for tensor in model.tensors}
     weights = {name: tensor for name, tensor in constants.items() if tensor.external}
-    cold: set[str] = set()
+    cold, direct = set[str](), set[str]()
     repacked = largest = 0
     for node in model.nodes:
-        if _packs(node, constants) and (size := _packed_bytes(node, weights[node.inputs[1]])):
-            repacked += size
-            largest = max(largest, size)
-            cold.update(name for name in node.inputs if name in weights)
-    direct = sum(tensor.nbytes for name, tensor in weights.items() if name not in cold)
-    return Estimate(repacked, sum(weights[name].nbytes for name in cold), direct, largest)
+        size = _packed_bytes(node, weights[node.inputs[1]]) if _packs(node, constants) else 0
+        repacked, largest = repacked + size, max(largest, size)
+        (cold if size else direct).update(node.inputs)
+    cold_bytes = sum(weights[name].nbytes for name in (cold - direct) & weights.keys())
+    return Estimate(repacked, cold_bytes, sum(tensor.nbytes for tensor in weights.values()) - cold_bytes, largest)
 
 
 def _packed_bytes(node: Node, weight: Tensor) -> int:

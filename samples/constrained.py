@@ -7,10 +7,10 @@ import shoal
 
 schema = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "maximum": 99999999}},
+    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "minimum": 0, "maximum": 99999999}},
     "required": ["city", "people"],
     "additionalProperties": False,
 }
 with shoal.load(sys.argv[1], context=512) as model:
-    answer = model.generate("Describe Paris as JSON.", max_tokens=80, constraint=model.constrain(json_schema=schema))
+    answer = model.generate("Describe Paris in JSON.", max_tokens=80, constraint=model.constrain(json_schema=schema))
     print(json.loads(answer.finish()))

@@ -1,5 +1,7 @@
 """One file a model family. A file says which `model_type`s it takes (MODEL_TYPES), reads their configuration
-(card), lists the tensors it needs (tensors) and builds any range of blocks (build). A new model is a new file."""
+(card), lists the tensors it needs (tensors) and builds any range of blocks (build). A new model is a new file.
+
+A file may name a PREFIX that some checkpoints of the family put before every tensor's name."""
 
 import functools
 import importlib
@@ -40,14 +42,16 @@ def find(source) -> tuple[ModuleType, Card]:
     problems: list[str] = []
     card = architecture.card(Config(config, problems), source.describe())
     present = source.tensors()
+    prefix = getattr(architecture, "PREFIX", "")
     if card is not None:
         for name, shape in architecture.tensors(card).items():
             # A negative length is the least that a table must have
             wanted = "[" + ", ".join(str(n) if n >= 0 else f"{-n} or more" for n in shape) + "]"
-            if name not in present:
+            info = present.get(name) or present.get(prefix + name)
+            if info is None:
                 problems.append(f"tensor {name} {wanted} is missing")
-            elif not _fits(tuple(present[name].shape), shape):
-                problems.append(f"tensor {name} is {list(present[name].shape)}, not {wanted}")
+            elif not _fits(tuple(info.shape), shape):
+                problems.append(f"tensor {name} is {list(info.shape)}, not {wanted}")
     if problems or card is None:
         shown = problems[:12] + ([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])
         raise ConvertError(
@@ -92,13 +96,13 @@ class Config:
         return value if isinstance(value, str) else default
 
     def ids(self, key: str) -> tuple[int, ...]:
-        """Token ids: one, several or none."""
+        """Token ids: one, several or none, which some write as -1."""
         value = self.values.get(key)
         found = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(item) is not int or item < 0 for item in found):
+        if any(type(item) is not int or item >= 1 << 24 for item in found):
             self.problems.append(f"{key} is {value!r:.60}, not token ids")
             return ()
-        return tuple(found)
+        return tuple(item for item in found if item >= 0)
 
     def table(self, key: str) -> dict:
         value = self.values.get(key)

@@ -12,13 +12,14 @@ from shoal.runtime.card import Card
 from ..graph import MICROSOFT, GraphBuilder
 
 MODEL_TYPES = ("bert",)
+PREFIX = "bert."  # where the encoder was saved with a head on it
 _ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
 
 
 def card(config, source: str) -> Card:
-    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    hidden, heads = config.integer("hidden_size", high=1 << 17), config.integer("num_attention_heads", high=4096)
     if hidden % heads:
         config.refuse(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
     named = config.text("hidden_act", "gelu")
@@ -38,7 +39,7 @@ def card(config, source: str) -> Card:
     return Card(
         name=config.text("name") or source, model_type=config.text("model_type"), task="embed",
         blocks=config.integer("num_hidden_layers", high=1024), hidden=hidden, heads=heads, kv_heads=heads,
-        head_dim=max(1, hidden // heads), ffn=config.integer("intermediate_size"), vocab=config.integer("vocab_size"),
+        head_dim=max(1, hidden // heads), ffn=config.integer("intermediate_size", high=1 << 20), vocab=config.integer("vocab_size"),
         max_context=min(positions, limit), norm_eps=config.number("layer_norm_eps", 1e-12),
         activation=activation or "gelu", attention_bias=True, attention_scale=max(1, hidden // heads) ** -0.5,
         pad=pad[0] if pad else 0, pooling=pooling, normalize=config.flag("normalize"), source=source,
@@ -78,12 +79,13 @@ def build(g: GraphBuilder, card: Card, blocks: range) -> None:
     else:
         x = g.input("hidden", "float32", ["batch", "tokens", card.hidden])
     mask = g.input("mask", "int64", ["batch", "tokens"])
+    root = "" if "embeddings.word_embeddings.weight" in g.weights.shapes else PREFIX
     if blocks.start == 0:
         g.scope("embed")
-        x = _embed(g, card, tokens)
+        x = _embed(g, card, tokens, root)
     key_mask = g.op("Cast", mask, to=ir.DataType.INT32)
     for block in blocks:
-        prefix = f"encoder.layer.{block}"
+        prefix = f"{root}encoder.layer.{block}"
         g.scope(f"{block}/attention")
         y = _attention(g, card, x, f"{prefix}.attention", key_mask)
         x = _norm(g, card, f"{prefix}.attention.output.LayerNorm", y, x)
@@ -98,14 +100,14 @@ def build(g: GraphBuilder, card: Card, blocks: range) -> None:
     g.output(_pool(g, card, x, mask), "embedding", "float32", ["batch", card.hidden])
 
 
-def _embed(g: GraphBuilder, card: Card, tokens: ir.Value) -> ir.Value:
-    words = g.embed("embeddings.word_embeddings.weight", tokens)
+def _embed(g: GraphBuilder, card: Card, tokens: ir.Value, root: str) -> ir.Value:
+    words = g.embed(f"{root}embeddings.word_embeddings.weight", tokens)
     count = g.op("Shape", tokens, start=1, end=2)
-    table = g.plain("embeddings.position_embeddings.weight", lambda stored: stored[: card.max_context])
+    table = g.plain(f"{root}embeddings.position_embeddings.weight", lambda stored: stored[: card.max_context])
     positions = g.op("Slice", table, g.constant([0]), count, g.constant([0]))
     # Every text is one segment, so of the types only the first is ever added
-    segment = g.plain("embeddings.token_type_embeddings.weight", lambda stored: stored[0])
-    return _norm(g, card, "embeddings.LayerNorm", words, g.op("Add", positions, segment))
+    segment = g.plain(f"{root}embeddings.token_type_embeddings.weight", lambda stored: stored[0])
+    return _norm(g, card, f"{root}embeddings.LayerNorm", words, g.op("Add", positions, segment))
 
 
 def _norm(g: GraphBuilder, card: Card, name: str, x: ir.Value, residual: ir.Value) -> ir.Value:

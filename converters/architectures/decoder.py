@@ -111,7 +111,7 @@ def feed_forward(step: Step, x: ir.Value, prefix: str) -> ir.Value:
 
 
 def end(step: Step, blocks: range, weight, head: str) -> None:
-    """Declares the output: the logits of `rows`, or the stream where the range ends early. `weight` makes the norm's."""
+    """Declares the output: logits of `rows`, or the stream where the range ends early. `weight` makes the norm's."""
     g, card = step.g, step.card
     g.scope("head")
     x = step.x if step.residual is None else g.op("Add", step.x, step.residual)
@@ -151,9 +151,9 @@ def decoder_tensors(card: Card, *, norms: tuple[str, ...], attention_norms: bool
 
 def decoder_card(config, source: str, *, activation: str | None = None, **overrides) -> Card:
     """The card of a gated decoder from its Hugging Face configuration; problems are collected in `config`."""
-    heads = config.integer("num_attention_heads")
-    hidden = config.integer("hidden_size")
-    head_dim = config.integer("head_dim", max(1, hidden // heads))
+    heads = config.integer("num_attention_heads", high=4096)
+    hidden = config.integer("hidden_size", high=1 << 17)
+    head_dim = config.integer("head_dim", max(1, hidden // heads), high=4096)
     blocks = config.integer("num_hidden_layers", high=1024)
     context = config.integer("max_position_embeddings", 2048, high=1 << 28)
     named = config.text("hidden_activation") or config.text("hidden_act", "silu")
@@ -162,7 +162,7 @@ def decoder_card(config, source: str, *, activation: str | None = None, **overri
     )
     if chosen is None:
         config.refuse(f"activation {named!r} is not supported")
-    kv_heads = config.integer("num_key_value_heads", heads)
+    kv_heads = config.integer("num_key_value_heads", heads, high=4096)
     if heads % kv_heads:
         config.refuse(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
     if config.flag("mlp_bias"):
@@ -173,7 +173,7 @@ def decoder_card(config, source: str, *, activation: str | None = None, **overri
     pad = config.ids("pad_token_id")
     values = dict(
         name=config.text("name") or source, model_type=config.text("model_type"), task="generate", blocks=blocks,
-        hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=config.integer("intermediate_size"),
+        hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=config.integer("intermediate_size", high=1 << 20),
         vocab=config.integer("vocab_size"), max_context=context, norm_eps=config.number("rms_norm_eps", 1e-6),
         activation=chosen or "silu", tied=config.flag("tie_word_embeddings"), attention_scale=head_dim**-0.5,
         rope_of=(0,) * blocks, windows=(0,) * blocks, bos=bos[0] if bos else -1, eos=config.ids("eos_token_id"),
@@ -192,9 +192,13 @@ def rope(config, dims: int, theta: float | None = None, scaling: dict | None = N
     """
     parameters = config.table("rope_parameters")
     if theta is None:
-        theta = parameters.get("rope_theta") if isinstance(parameters.get("rope_theta"), int | float) else None
-        theta = theta or config.number("rope_theta", 10000.0)
-    plain = [float(theta) ** (-2 * i / dims) for i in range(dims // 2)]
+        theta = config.number("rope_theta", 10000.0)
+        if isinstance(parameters.get("rope_theta"), int | float):
+            theta = float(parameters["rope_theta"])
+    if not 1 < theta < math.inf:
+        config.refuse(f"rope_theta is {theta!r:.40}, not a number above one")
+        theta = 10000.0
+    plain = [theta ** (-2 * i / dims) for i in range(dims // 2)]
     if scaling is None:
         scaling = config.table("rope_scaling") or parameters
     kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"

@@ -15,10 +15,13 @@ _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layern
 
 def card(config, source: str) -> Card:
     blocks = config.integer("num_hidden_layers", high=1024)
-    dims = config.integer("head_dim", 256)
+    dims = config.integer("head_dim", 256, high=4096)
     window = config.integer("sliding_window", 512, high=1 << 28)
     if config.values.get("final_logit_softcapping") or config.values.get("attn_logit_softcapping"):
         config.refuse("logit soft-capping is not supported")
+    for flag in ("attention_bias", "use_bidirectional_attention"):
+        if config.flag(flag):
+            config.refuse(f"{flag} is not supported")
     kinds = config.values.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != blocks:
         pattern = config.integer("sliding_window_pattern", 6)
@@ -52,9 +55,8 @@ def tensors(card: Card) -> dict[str, tuple[int, ...]]:
 
 def build(g: GraphBuilder, card: Card, blocks: range) -> None:
     def weight(name: str):
-        return g.plain(
-            f"{name}.weight", lambda stored: stored + np.float32(1)
-        )  # Gemma stores the norm's offset from one
+        # Gemma stores how far the norm's weight is from one
+        return g.plain(f"{name}.weight", lambda stored: stored + np.float32(1))
 
     step = decoder.begin(g, card, blocks, "model.embed_tokens.weight")
     for block in blocks:

@@ -208,19 +208,20 @@ def _implied_merges(tokens: list[str], kinds: list[int], scores: list[float], re
     llama.cpp extends the leftmost, which a list can say only by putting longer left halves first: it matters for runs
     of spaces, whose scores are all the same.
     """
-    pieces = {text for text, kind in zip(tokens, kinds, strict=True) if kind in (_NORMAL, _USER_DEFINED, _UNUSED)}
+    mergeable = (_NORMAL, _USER_DEFINED, _UNUSED)
+    pieces = {text: text for text, kind in zip(tokens, kinds, strict=True) if kind in mergeable}  # one copy of each
     merges: list[tuple[float, int, int, str, str]] = []
     most = 8 * len(tokens) + (1 << 16)  # a real vocabulary has two a token
     for text, kind, score in zip(tokens, kinds, scores, strict=True):
-        if kind not in (_NORMAL, _USER_DEFINED, _UNUSED):
+        if kind not in mergeable:
             continue
         if len(text) > _LONGEST_PIECE:
             raise refuse(f"A token has {len(text)} characters; {_LONGEST_PIECE} is the limit.")
         if score != score:
             raise refuse(f"The score of the token {text!r:.80} is not a number.")
         for cut in range(1, len(text)):
-            left = text[:cut]
-            if left in pieces and (right := text[cut:]) in pieces:
+            left = pieces.get(text[:cut])
+            if left and (right := pieces.get(text[cut:])):
                 merges.append((-score, -cut, len(text), left, right))
         if len(merges) > most:
             raise refuse(f"Its {len(tokens)} tokens can be halved in more than {most} ways.")

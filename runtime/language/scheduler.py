@@ -337,7 +337,7 @@ class Scheduler:
         request.ids[:] = first + request.ids[-keep:]
         if request.slot >= 0:
             held = self.cache.held[request.slot]
-            del held[common_prefix(held, request.ids) :]
+            del held[min(common_prefix(held, request.ids), len(request.ids) - 1) :]  # the last one's logits are needed
 
     def _finish(self, request: Request, reason: str) -> None:
         request.stats.finish = request.stats.finish or reason

@@ -17,6 +17,7 @@ _SECTION = "weights"
 _TYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32,
           "uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}  # fmt: skip
 MICROSOFT = "com.microsoft"
+PIECE = 48 << 20  # bytes of one product's weights: repacking one for a device takes as much again for a moment
 
 
 class GraphBuilder:
@@ -126,12 +127,16 @@ class GraphBuilder:
         return ir.serde.serialize_model(model).SerializeToString(deterministic=True)
 
     def _product(self, matrix: Matrix, x: ir.Value, bias: ir.Value | None = None) -> ir.Value:
+        pieces = [self._piece(piece, x) for piece in matrix.split(PIECE)]
+        y = pieces[0] if len(pieces) == 1 else self.op("Concat", *pieces, axis=-1)
+        return y if bias is None else self.op("Add", y, bias)
+
+    def _piece(self, matrix: Matrix, x: ir.Value) -> ir.Value:
         if matrix.format.bits == 32:
-            y = self.op("FusedMatMul", x, self._external(matrix.values), domain=MICROSOFT, transB=1)
-            return y if bias is None else self.op("Add", y, bias)
+            return self.op("FusedMatMul", x, self._external(matrix.values), domain=MICROSOFT, transB=1)
         zeros = None if matrix.zeros is None else self._external(matrix.zeros.flat())
         return self.op(
-            "MatMulNBits", x, self._external(matrix.values), self._external(matrix.scales.flat()), zeros, None, bias,
+            "MatMulNBits", x, self._external(matrix.values), self._external(matrix.scales.flat()), zeros,
             domain=MICROSOFT, K=matrix.inputs, N=matrix.outputs, bits=matrix.format.bits,
             block_size=matrix.format.group, accuracy_level=4,
         )  # fmt: skip

@@ -43,6 +43,14 @@ class Stored:
         """The same bytes under another name and shape."""
         return dataclasses.replace(self, name=name, shape=shape)
 
+    def rows(self, start: int, stop: int) -> "Stored":
+        """Rows [start:stop]."""
+        row = self.length // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return Stored(
+            f"{self.name}[{start}:{stop}]", self.dtype, shape, self.offset + start * row, (stop - start) * row
+        )
+
     def flat(self) -> "Stored":
         return self.reshaped(f"{self.name}.flat", (math.prod(self.shape),))
 
@@ -58,6 +66,18 @@ class Matrix:
     values: Stored
     scales: Stored = None  # type: ignore[assignment]
     zeros: Stored | None = None
+
+    def split(self, most: int) -> "list[Matrix]":
+        """The matrix in pieces of whole rows whose values are at most `most` bytes each."""
+        step = -(-self.outputs // -(-self.values.length // most))
+        if step >= self.outputs:
+            return [self]
+        found = []
+        for start in range(0, self.outputs, step):
+            stop = min(start + step, self.outputs)
+            values, scales, zeros = (part and part.rows(start, stop) for part in (self.values, self.scales, self.zeros))
+            found.append(Matrix(self.format, stop - start, self.inputs, values, scales, zeros))
+        return found
 
     def parts(self) -> tuple[Stored, ...]:
         return tuple(part for part in (self.values, self.scales, self.zeros) if part is not None)

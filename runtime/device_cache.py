@@ -90,7 +90,7 @@ class CacheWriter:
         self._file.seek(PAGE)
         self._pieces: list[tuple[int, int, str]] = []
 
-    def add(self, data: bytes) -> int:
+    def add(self, data: bytes | memoryview) -> int:
         """Writes a piece at the next page; returns its number."""
         at = self._file.seek(-(-self._file.tell() // PAGE) * PAGE)
         self._file.write(data)

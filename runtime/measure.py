@@ -9,7 +9,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -101,26 +101,6 @@ def mapped_rss(path: str | os.PathLike) -> int | None:
     """
     text = _read("/proc/self/smaps")
     return None if text is None else sum(found.rss - found.anonymous for found in _of_file(text, path))
-
-
-def release_mapped(path: str | os.PathLike) -> Callable[[], None]:
-    """A call that lets go of the resident pages of this process's read-only mappings of a file.
-
-    The page cache keeps them and the next touch brings them back, so it costs a millisecond and changes no result.
-    Does nothing where the system has no such call. Not while another thread unmaps the file: the call finds the
-    mappings anew each time, but an address that is unmapped and reused in between would lose what it holds.
-    """
-    try:
-        madvise = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):
-        return lambda: None
-
-    def release() -> None:
-        for found in _of_file(_read("/proc/self/smaps") or "", path):
-            if not found.anonymous:
-                madvise(ctypes.c_void_p(found.start), ctypes.c_size_t(found.end - found.start), mmap.MADV_DONTNEED)
-
-    return release
 
 
 def range_rss(address: int, length: int) -> int | None:

@@ -68,15 +68,13 @@ def load(
         bundle.check_unchanged()
         graph = session.open_graph(graph_bytes, places, threads=threads)
         bundle.check_unchanged()
-        release = measure.release_mapped(bundle.path)
-        release()  # the engine read every weight once; a step reads few of those pages
         parts.placement = graph.placement()
         parts.grew("private weights" if sizes.private else "engine", before)
         if card.task == "embed":
             parts.ready()
             parts.load_s = time.perf_counter() - started
             return EmbeddingModel(parts, tokenizer, graph)
-        decoder = Decoder(graph, card, Cache(card, plan.context, slots, kv), plan.chunk, release)
+        decoder = Decoder(graph, card, Cache(card, plan.context, slots, kv), plan.chunk)
         template = bundle.find("chat_template")
         chat = bundle.bytes(template).decode("utf-8", "replace") if template else ""
         parts.ready()
@@ -102,7 +100,10 @@ def plan(
 def _places(bundle: Bundle) -> dict[str, session.Place]:
     """The sections that graphs may point into."""
     found = (section for section in bundle.sections if section.kind == "weights")
-    return {section.name: session.Place(str(bundle.path), section.offset, section.length) for section in found}
+    return {
+        section.name: session.Place(str(bundle.path), section.offset, section.length, bundle.fileno())
+        for section in found
+    }
 
 
 def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool) -> Sizes:

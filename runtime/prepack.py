@@ -45,8 +45,8 @@ class Estimate:
 
     `repacked` will be mapped from the cache (or is private where nothing is prepared) and read by every step; `cold`
     are the originals of these, read when the graph is opened and not afterwards; `direct` are the weights that a step
-    reads from the bundle itself (norms, embeddings: of those only the gathered rows); `largest` bounds the memory that
-    preparing and opening use on the way.
+    reads from the bundle itself (norms, embeddings: of those only the gathered rows); `largest` is the biggest copy:
+    opening holds that much private memory for a moment, preparing twice that.
     """
 
     repacked: int
@@ -217,7 +217,7 @@ def _freeze(model: Model, places: Mapping[str, Place], scratch: Path) -> Model:
 
 def _repack(
     writer: CacheWriter, frozen: Model, node: Node, places: Mapping[str, Place]
-) -> list[tuple[str, list[bytes]]] | None:
+) -> list[tuple[str, list[memoryview]]] | None:
     """What ORT repacks for one node, alone in a model, as (key, blobs); None where it does not take the node alone.
 
     What ORT saved is opened again and has to compute, bit by bit, what the fresh copy computed.
@@ -249,10 +249,10 @@ def _repack(
         return None
     if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(expected, found, strict=True)):
         return None
-    content = np.memmap(data, mode="r") if size else np.zeros(0, np.uint8)
+    content = memoryview(np.memmap(data, mode="r") if entries else b"")  # type: ignore[arg-type]
+    data.unlink()  # the mapping stays; the next node's file is another one
     return [
-        (key, [content[at : at + length].tobytes() for at, length in ranges])
-        for key, ranges in map(onnx_wire.blobs, entries)
+        (key, [content[at : at + length] for at, length in ranges]) for key, ranges in map(onnx_wire.blobs, entries)
     ]
 
 

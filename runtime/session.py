@@ -87,7 +87,8 @@ def open_graph(
             options.add_session_config_entry("session.disable_prepacking", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
-        paths = {os.path.realpath(place.path) for place in places.values()}
+        # Of a prepared graph a step reads the prepared file whole; what lies elsewhere is read once, or a row at a time
+        paths = {os.path.realpath(place.path) for place in places.values() if not place.prepared}
         with _OPENING:  # so that what is mapped meanwhile is this session's
             before = _mapped(paths)
             session = start(locate(model, places), options, provider, provider_options)
@@ -221,8 +222,8 @@ class Session:
             return found
 
     def release(self) -> None:
-        """Lets go of the resident pages of the mapped weights; the page cache keeps them and the next touch brings
-        them back. Rows of an embedding that were gathered once would else count as resident for ever.
+        """Lets go of the resident pages of the mapped weights, but for prepared ones; the page cache keeps them and
+        the next touch brings them back. Rows of an embedding that were gathered once would else count as resident for ever.
         """
         with self._closing, contextlib.suppress(AttributeError, OSError, TypeError):
             madvise = ctypes.CDLL(None).madvise

@@ -23,7 +23,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from shoal.runtime.errors import BusyError, ContextError, ShoalError, UsageError
+from shoal.runtime.language.chat import knows_tools
 from shoal.runtime.language.sampling import Sampling
+from shoal.runtime.language.tools import ToolCallParser, call_grammar
 
 from .server_jobs import Admission, Ended, Job, Source
 from .server_metrics import Metrics
@@ -37,7 +39,7 @@ from .server_schema import (
     parse_completion,
     parse_embedding,
 )
-from .server_tools import CallReader, call_schema, knows_tools, without_tools
+from .server_tools import without_tools
 
 log = logging.getLogger("shoal.server")
 
@@ -126,13 +128,12 @@ class Service:
         names = [tool["function"]["name"] for tool in tools]
 
         def start(index: int) -> Source:
-            messages = _conversation(served.model, wanted, tools)
+            more = _conversation(served.model, wanted, tools)
             constraint = _constraint(served.model, wanted, tools)
-            more = {"tools": tools or None, "constraint": constraint}
-            return _generate(served.model, messages, wanted.options, index, "messages", **more)
+            return _generate(served.model, wanted.options, index, "messages", constraint=constraint, **more)
 
         answers = [
-            Answer(index, CallReader(names) if tools else None, wanted.parallel_tool_calls)
+            Answer(index, ToolCallParser(names) if tools else None, wanted.parallel_tool_calls)
             for index in range(wanted.options.n)
         ]
         form = ChatForm(wanted.options.logprobs is not None)
@@ -144,7 +145,7 @@ class Service:
 
         def start(index: int) -> Source:
             prompt, choice = wanted.prompts[index // n], index % n
-            return _generate(served.model, prompt, wanted.options, choice, "prompt", raw=True)
+            return _generate(served.model, wanted.options, choice, "prompt", prompt=prompt, raw=True)
 
         answers = [Answer(index) for index in range(len(wanted.prompts) * n)]
         form = CompletionForm(wanted.options.logprobs is not None)
@@ -380,29 +381,31 @@ class Penalties:
         return logits
 
 
-def _conversation(model: Any, wanted: ChatRequest, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as the model's own template takes them."""
+def _conversation(model: Any, wanted: ChatRequest, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """The messages, and the tools, as the model's own template takes them."""
     if not model.chat_template:
         why = "This model has no chat template."
         raise RequestError("model", "model_not_suitable", why, "Use /v1/completions.")
     if knows_tools(model.chat_template):
-        return wanted.messages
-    return without_tools(wanted.messages, tools)
+        return {"prompt": wanted.messages, "tools": tools or None}
+    return {"prompt": without_tools(wanted.messages, tools)}
 
 
 def _constraint(model: Any, wanted: ChatRequest, tools: list[dict[str, Any]]) -> Any:
-    schema, name = wanted.schema, "response_format"
-    if tools and wanted.tool_choice != "auto":
-        schema, name = call_schema(tools, wanted.tool_choice), "tools"
-    if schema is None:
-        return None
+    """What keeps the answer to a schema or to one call; None where it is free."""
+    called = wanted.tool_choice.removeprefix("function:") if wanted.tool_choice.startswith("function:") else None
     try:
-        return model.constrain(json_schema=schema) if schema else model.constrain(json_object=True)
+        if tools and wanted.tool_choice != "auto":
+            return model.constrain(lark=call_grammar(tools, called))
+        if wanted.schema is None:
+            return None
+        return model.constrain(json_schema=wanted.schema) if wanted.schema else model.constrain(json_object=True)
     except UsageError as error:
+        name = "tools" if tools else "response_format"
         raise RequestError(name, "invalid_value", f"{error.what} {error.why}", error.fix) from None
 
 
-def _generate(model: Any, prompt: Any, options: Options, choice: int, name: str, **more: Any) -> Source:
+def _generate(model: Any, options: Options, choice: int, name: str, **more: Any) -> Source:
     """Starts one generation; what it refuses of the prompt is the client's parameter `name`."""
     if wrong := [token for token in options.logit_bias if token >= model.card.vocab]:
         raise RequestError(f"logit_bias.{wrong[0]}", "invalid_value", "The model has no such token.", "Correct it.")
@@ -418,7 +421,7 @@ def _generate(model: Any, prompt: Any, options: Options, choice: int, name: str,
     )
     try:
         return model.generate(
-            prompt, max_tokens=options.max_tokens, stop=options.stop, sampling=sampling,
+            max_tokens=options.max_tokens, stop=options.stop, sampling=sampling,
             logprobs=options.logprobs or 0, **more,
         )  # fmt: skip
     except ContextError as error:
@@ -475,6 +478,9 @@ def _explain(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             headers["x-should-retry"] = "false"  # clients of OpenAI's would double the load
     elif isinstance(error, BusyError):
         status, code, message = 429, "queue_full", f"{error.what} {error.why} {error.fix}"
+    elif isinstance(error, UsageError | ContextError):  # while it ran: a grammar too complex, a context that shrank
+        status, message = 400, f"{error.what} {error.why} {error.fix}"
+        code = "invalid_value" if isinstance(error, UsageError) else "context_length_exceeded"
     elif isinstance(error, ShoalError):
         code, message = type(error).__name__, error.what
     if 400 <= status < 500:

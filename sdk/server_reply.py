@@ -4,13 +4,14 @@ An `Answer` is one choice as it grows; a `Form` wraps answers for one of the two
 same pieces, so a streamed answer says what a whole one says. It knows nothing about HTTP, threads or models.
 """
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .server_tools import Call, CallReader
+from shoal.runtime.language.tools import ToolCall, ToolCallParser
 
 _LOWEST = -9999.0  # JSON has no infinity; OpenAI writes this one
 
@@ -20,7 +21,7 @@ class Piece:
     """What one step adds to an answer."""
 
     text: str = ""
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     entry: dict[str, Any] | None = None  # the token's log probability
 
     def __bool__(self) -> bool:
@@ -32,11 +33,11 @@ class Answer:
     """One choice. `calls` is there where tools may be called, `describe` where log probabilities are wanted."""
 
     index: int
-    reader: CallReader | None = None
+    reader: ToolCallParser | None = None
     parallel: bool = True
     describe: Callable[[Any], dict[str, Any] | None] | None = None
     text: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -64,7 +65,7 @@ class Answer:
         """Nothing more is wanted: the one call that was allowed is made."""
         return bool(self.calls) and not self.parallel
 
-    def _add(self, text: str, calls: Sequence[Call], entry: dict[str, Any] | None) -> Piece:
+    def _add(self, text: str, calls: Sequence[ToolCall], entry: dict[str, Any] | None) -> Piece:
         if self.complete:
             return Piece()
         calls = calls if self.parallel else calls[:1]
@@ -197,6 +198,6 @@ class Envelope:
         return {"object": self.form.whole_object, **self._fields, "choices": choices, "usage": counts}
 
 
-def _call(call: Call) -> dict[str, Any]:
+def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": "call_" + secrets.token_hex(12), "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments}}  # fmt: skip
+            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}  # fmt: skip

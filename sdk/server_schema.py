@@ -308,7 +308,7 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
     if content is None and not calls:
         raise fields.refuse("content", "It is missing.", "Add it.", "missing_required_parameter")
     if isinstance(content, list):
-        content = "".join(_text_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+        content = "\n".join(_text_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
     elif not isinstance(content, str | None):
         raise fields.refuse("content", "It is no text.", "Send a string or an array of text parts.", "invalid_type")
     message["content"] = content or ""

@@ -5,7 +5,6 @@ A file may name a PREFIX that some checkpoints of the family put before every te
 
 import functools
 import importlib
-import math
 import pkgutil
 from types import ModuleType
 
@@ -65,6 +64,11 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(found) == len(wanted) and all(n == m or n >= -m > 0 for n, m in zip(found, wanted, strict=True))
 
 
+def is_positive(value) -> bool:
+    """Whether a value from outside is a number above zero that is of any use as a float."""
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
 class Config:
     """A Hugging Face configuration from outside: every field checked for type and range, all problems collected."""
 
@@ -80,10 +84,11 @@ class Config:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """A number above zero."""
         value = self.values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.problems.append(f"{key} is {value!r:.60}, not a number")
+        if not is_positive(value):
+            self.problems.append(f"{key} is {value!r:.60}, not a positive number")
             return 1.0
         return float(value)
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from shoal.runtime.card import Card, Rope
 
 from ..graph import MICROSOFT, GraphBuilder
+from . import is_positive
 
 
 @dataclass
@@ -192,11 +193,9 @@ def rope(config, dims: int, theta: float | None = None, scaling: dict | None = N
     """
     parameters = config.table("rope_parameters")
     if theta is None:
-        theta = config.number("rope_theta", 10000.0)
-        if isinstance(parameters.get("rope_theta"), int | float):
-            theta = float(parameters["rope_theta"])
-    if not 1 < theta < math.inf:
-        config.refuse(f"rope_theta is {theta!r:.40}, not a number above one")
+        theta = parameters.get("rope_theta", config.number("rope_theta", 10000.0))
+    if not is_positive(theta) or theta <= 1:
+        config.refuse(f"rope_theta is {theta!r:.60}, not a number above one")
         theta = 10000.0
     plain = [theta ** (-2 * i / dims) for i in range(dims // 2)]
     if scaling is None:
@@ -205,8 +204,8 @@ def rope(config, dims: int, theta: float | None = None, scaling: dict | None = N
 
     def number(key: str, default: float | None = None) -> float:
         value = scaling.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            config.refuse(f"rope_scaling.{key} is {value!r:.40}, not a positive number")
+        if not is_positive(value):
+            config.refuse(f"rope_scaling.{key} is {value!r:.60}, not a positive number")
             return 1.0
         return float(value)
 
@@ -216,11 +215,7 @@ def rope(config, dims: int, theta: float | None = None, scaling: dict | None = N
         return Rope(tuple(f / number("factor") for f in plain))
     if kind == "factors":
         factors = scaling.get("factors")
-        if (
-            not isinstance(factors, list)
-            or len(factors) != len(plain)
-            or not all(isinstance(f, float) and f > 0 for f in factors)
-        ):
+        if not isinstance(factors, list) or len(factors) != len(plain) or not all(map(is_positive, factors)):
             config.refuse(f"rope_scaling.factors are not {len(plain)} positive numbers")
             return Rope(tuple(plain))
         return Rope(tuple(f / factor for f, factor in zip(plain, factors, strict=True)))

@@ -26,6 +26,8 @@ def card(config, source: str) -> Card:
     if not isinstance(kinds, list) or len(kinds) != blocks:
         pattern = config.integer("sliding_window_pattern", 6)
         kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(blocks)]
+    if any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
+        config.refuse(f"layer_types {kinds!r:.60} are not supported")
     local = [kind == "sliding_attention" for kind in kinds]
     # transformers 5 keeps one table of rotary parameters a kind of attention
     by_kind = config.table("rope_parameters")
@@ -33,8 +35,7 @@ def card(config, source: str) -> Card:
     def table(kind: str, key: str, default: float, scaling: dict):
         found = by_kind.get(kind)
         if isinstance(found, dict):
-            theta = found.get("rope_theta", default)
-            return decoder.rope(config, dims, float(theta) if isinstance(theta, int | float) else default, found)
+            return decoder.rope(config, dims, found.get("rope_theta", default), found)
         return decoder.rope(config, dims, config.number(key, default), scaling)
 
     full = table("full_attention", "rope_theta", 1e6, config.table("rope_scaling") or {"rope_type": "default"})

@@ -168,6 +168,11 @@ class Bundle:
                 raise verify.refuse("file was changed after it was opened")
             _one_name(now)
 
+    def fileno(self) -> int:
+        """The open descriptor, for a library that can be given one: whatever the path leads to, it is this file."""
+        self._check_open()
+        return self._file.fileno()
+
     def close(self) -> None:
         """Closes the file. The mapping goes when the last view of it does."""
         self._file.close()

@@ -6,12 +6,12 @@ nothing about text, sampling or requests.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import numpy as np
 
 from ..card import Card, Rope
 from ..errors import BackendError
+from ..session import Session
 from .cache import Cache
 
 RELEASED = 32  # tokens after which the rows of the embedding are let go
@@ -19,15 +19,11 @@ _KEPT = 8  # shapes whose bindings stay: decode batches and the full chunk
 
 
 class Decoder:
-    """`graph` is an open session of the decode role; `chunk` is the most tokens that one prefill step takes.
+    """`graph` is an open session of the decode role; `chunk` is the most tokens that one prefill step takes."""
 
-    `release` lets go of mapped pages: rows of the embedding that past tokens touched would else pile up."""
-
-    def __init__(
-        self, graph, card: Card, cache: Cache, chunk: int, release: Callable[[], None] | None = None
-    ):  # fmt: skip
+    def __init__(self, graph: Session, card: Card, cache: Cache, chunk: int):
         self.graph, self.card, self.cache, self.chunk = graph, card, cache, chunk
-        self._release, self._gathered = release, 0
+        self._gathered = 0
         self._bound: OrderedDict[tuple, _Bound] = OrderedDict()
         self.tables = [rotary(rope, cache.context) for rope in card.ropes]
 
@@ -51,8 +47,8 @@ class Decoder:
         bound.total[0] = max(starts) + count
         bound.binding.run()
         self._gathered += tokens.size
-        if self._release and self._gathered >= RELEASED:
-            self._release()
+        if self._gathered >= RELEASED:  # what past tokens touched of the embedding would else pile up
+            self.graph.release()
             self._gathered = 0
         if rows and not np.isfinite(bound.logits[:, 0]).all():
             raise BackendError(
@@ -68,7 +64,6 @@ class Decoder:
         self.tables = [rotary(rope, context) for rope in self.card.ropes]
 
     def close(self) -> None:
-        self._release = None
         self._bound.clear()
         self.graph.close()
 

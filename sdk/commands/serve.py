@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
     )
     key = _key(arguments, show)
+    _few_arenas()
     with contextlib.ExitStack() as stack:
         bound = stack.enter_context(bind(arguments.host, arguments.port))
         models = {
@@ -82,6 +83,15 @@ def run(arguments: argparse.Namespace, show) -> int:
             ready=lambda: show.line(f"Serving {', '.join(names)} at {url} (Ctrl-C stops)"),
         )  # fmt: skip
     return 0
+
+
+def _few_arenas() -> None:
+    """glibc gives each of many threads an arena of its own: tens of megabytes of memory that no plan counts."""
+    import contextlib
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
 
 
 def _loading(bundle: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -31,7 +31,9 @@ PROMPTS = [
 
 
 def answers(path: Path) -> dict:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     found = []
     for prompt in PROMPTS:
@@ -56,4 +58,6 @@ if __name__ == "__main__":
     known = json.loads(target.read_text()) if target.exists() else {}
     for name, path in (argument.split("=", 1) for argument in sys.argv[1:]):
         known[name] = answers(Path(path))
-    target.write_text(json.dumps(known, ensure_ascii=False, separators=(",", ":")).replace('{"prompt"', '\n{"prompt"') + "\n")
+    target.write_text(
+        json.dumps(known, ensure_ascii=False, separators=(",", ":")).replace('{"prompt"', '\n{"prompt"') + "\n"
+    )

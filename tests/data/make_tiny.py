@@ -83,10 +83,9 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 def word_tokenizer() -> tokenizers.Tokenizer:
     """WordPiece over letters and digits, as BERT's."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), "the", "and", "##ing"]
-    made = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]", max_input_chars_per_word=100)
-    )
+    tokens = "[PAD] [UNK] [CLS] [SEP] the and ##ing".split() + [*letters] + [f"##{letter}" for letter in letters]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     made.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     made.post_processor = tokenizers.processors.TemplateProcessing(
@@ -105,7 +104,8 @@ def decoders() -> None:
         with torch.no_grad():
             found = model(tokens, output_hidden_states=True)
         first = found.hidden_states[1][0].numpy()  # after the first block
-        save(model, HERE / name, dtype, dict(tokens=tokens[0].numpy(), logits=found.logits[0].numpy(), first_block=first))
+        reference = dict(tokens=tokens[0].numpy(), logits=found.logits[0].numpy(), first_block=first)
+        save(model, HERE / name, dtype, reference)
         byte_tokenizer().save(str(HERE / name / "tokenizer.json"))
         (HERE / name / "tokenizer_config.json").write_text(
             json.dumps(
@@ -140,9 +140,7 @@ def encoders() -> None:
         pooled = (hidden * shares).sum(1) / shares.sum(1) if pooling == "mean" else hidden[:, 0]
         pooled = torch.nn.functional.normalize(pooled, dim=-1) if normalize else pooled
         folder = HERE / f"bert-{pooling}"
-        save(
-            model, folder, torch.float32, dict(tokens=tokens.numpy(), mask=mask.numpy(), embedding=pooled.numpy())
-        )
+        save(model, folder, torch.float32, dict(tokens=tokens.numpy(), mask=mask.numpy(), embedding=pooled.numpy()))
         words.save(str(folder / "tokenizer.json"))
         modules = ["Transformer", "Pooling"] + ["Normalize"] * normalize
         paths = ["", "1_Pooling", "2_Normalize"]
@@ -177,8 +175,9 @@ def ropes() -> None:
     found = []
     for parameters in cases:
         config = transformers.LlamaConfig(
-            hidden_size=2048, num_attention_heads=32, head_dim=64, max_position_embeddings=131072, rope_parameters=parameters
-        )
+            hidden_size=2048, num_attention_heads=32, head_dim=64, max_position_embeddings=131072,
+            rope_parameters=parameters,
+        )  # fmt: skip
         frequencies, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, device="cpu")
         found.append(dict(parameters=parameters, inverse_frequencies=frequencies.tolist(), scale=float(scale)))
     (HERE / "ropes.json").write_text(json.dumps(found))

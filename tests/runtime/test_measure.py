@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -63,6 +64,10 @@ def test_anonymous_memory_and_its_peak():
     with measure.PeakAnonymous(0.001) as peak:
         block = np.ones(64 << 20, np.uint8)
         held = measure.anonymous_bytes() - before
+        for _ in range(500):  # on a busy machine the sampler waits for its turn
+            if peak.bytes >= before + held - (4 << 20):
+                break
+            time.sleep(0.01)
         del block
     assert 60 << 20 < held < 72 << 20
     assert peak.bytes - before >= held - (4 << 20)

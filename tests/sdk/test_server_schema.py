@@ -142,13 +142,13 @@ def test_messages_become_what_templates_read():
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     messages = [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "How is "}, {"type": "text", "text": "Oslo?"}]},
+        {"role": "user", "content": [{"type": "text", "text": "How is"}, {"type": "text", "text": "Oslo?"}]},
         {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
         {"role": "tool", "tool_call_id": "c1", "content": "rain"},
     ]
     system, user, assistant, tool = parse_chat({"model": "m", "messages": messages}).messages
     assert system == {"role": "system", "content": "Be brief."}
-    assert user["content"] == "How is Oslo?"
+    assert user["content"] == "How is\nOslo?"
     assert assistant["content"] == "" and assistant["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
     assert tool == {"role": "tool", "content": "rain", "tool_call_id": "c1"}
 

@@ -7,8 +7,6 @@ the calibration tokens. It knows nothing about rounding methods or files' format
 """
 
 import dataclasses
-import os
-import tempfile
 from types import ModuleType
 
 import numpy as np

@@ -4,7 +4,6 @@ Parsers are pure functions of the text of /proc, so they are tested without a pr
 None where the kernel does not tell (anything but Linux, or a locked-down /proc). Sizes are bytes.
 """
 
-import ctypes
 import mmap
 import os
 import sys

@@ -7,7 +7,7 @@ import shoal
 
 schema = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "minimum": 0, "maximum": 99999999}},
+    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "minimum": 1000}},
     "required": ["city", "people"],
     "additionalProperties": False,
 }

@@ -113,14 +113,19 @@ class _Packaged:
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # a panic in Rust is no Exception
-            why = f"{type(error).__name__}: {error}"[:200]
-            raise BundleError("The tokenizer cannot be read.", why, "Convert the checkpoint again.") from None
+            raise _broken(error) from None
         self.size = max([self._tokenizer.get_vocab_size(), *(number + 1 for number in added)])
         self.special = frozenset(number for number, token in added.items() if token.special)
         self.nbytes = 8 * len(data) + (4 << 20)  # measured 6 to 8 times the file, and the library itself
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        text.encode()  # says where it is not valid Unicode, which the package does not
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:
+            raise _broken(error) from None
 
     def piece(self, number: int) -> bytes:
         token: Any = self._tokenizer.id_to_token(number) if 0 <= number < self.size else None
@@ -133,6 +138,11 @@ class _Packaged:
 
     def find(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+
+def _broken(error: BaseException) -> BundleError:
+    why = f"{type(error).__name__}: {error}"[:200]
+    return BundleError("The tokenizer cannot be used.", why, "Convert the checkpoint again.")
 
 
 def _steps(config: dict | None) -> tuple[list[Callable[[str], str | bytes]], bool]:

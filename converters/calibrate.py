@@ -1,41 +1,134 @@
-"""Calibration: the blocks are walked one by one, so that a model's second moments and activations never meet in memory.
+"""Calibration: what the inputs of matrices look like on a text, block after block.
 
-A block runs once as the checkpoint has it, with the input of every matrix tapped, on what the rounded blocks before it
-give; its matrices are rounded with the moments seen, and the rounded block makes the next one's input. So each block
-sees the errors it has to live with (Frantar et al. 2022). What stays in memory is one block and the hidden states of
-the calibration tokens. It knows nothing about rounding methods or files' formats.
+`smooth` evens out their channels before anything is rounded. `calibrate` rounds with their second moments: a block runs
+once as the checkpoint has it, with the input of every matrix tapped, on what the rounded blocks before it give; its
+matrices are rounded with the moments seen, and the rounded block makes the next one's input. So each block sees the
+errors it has to live with (Frantar et al. 2022), and one block and the hidden states of the calibration tokens are all
+that is in memory. It knows nothing about rounding methods or files' formats.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
 from shoal.runtime.card import Card
+from shoal.runtime.errors import SourceError
 from shoal.runtime.events import Event, Progress, silent
+from shoal.runtime.language.tokens import Tokenizer
+from shoal.runtime.session import Place
 
-from .graph import GraphBuilder
-from .recipe import NAMED
-from .weights import Weights
+from .recipe import NAMED, Recipe
+from .text import CALIBRATION
+from .walk import Names, Scratch, Stored, Walk
+from .weights import Factors, Weights
+
+_AT_ONCE = 2048  # tokens whose moments are one product
+_ROWS = 4  # of calibration text that smoothing sees: a mean a channel needs no more
+
+
+def calibration_rows(recipe: Recipe, card: Card, tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids int64 [rows, length] of the calibration text, spread over all of it."""
+    wanted = recipe.calibration
+    text = CALIBRATION
+    if wanted.text:
+        try:
+            text = Path(wanted.text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(
+                f"The calibration text {wanted.text} cannot be read.", str(error), "Give a UTF-8 file."
+            ) from None
+    length = min(wanted.length, card.max_context)
+    rows = max(1, wanted.tokens // length)
+    # A generous cut: no tokenizer here makes more than one token a byte
+    ids = tokenizer.encode(text[: rows * length * 16], special=False)
+    if len(ids) < length:
+        raise SourceError(
+            "The calibration text is too short.",
+            f"It has {len(ids)} tokens, a row needs {length}.",
+            "Give a longer text.",
+        )
+    starts = np.linspace(0, len(ids) - length, min(rows, math.ceil(len(ids) / length))).astype(int)
+    return np.array([ids[start : start + length] for start in starts], np.int64)
+
+
+def smooth(
+    architecture: ModuleType, card: Card, weights: Weights, tokens: np.ndarray, folder: Path,
+    progress: Progress = silent,
+) -> Factors:  # fmt: skip
+    """Factors that change nothing but what rounding costs (SmoothQuant, Xiao et al. 2023): each channel of a product's
+    input is divided by the root of its RMS over `tokens`, int64 [rows, length], in the norm or matrix that makes it,
+    and the product's columns are multiplied by as much. Scratch files are in `folder`, one at a time."""
+    walk, factors = Walk(architecture, card, tokens[:: -(-len(tokens) // _ROWS)]), Factors()
+    for block in range(card.blocks):
+        progress(Event("smooth", block, card.blocks, f"block {block}", "blocks"))
+        blocks = range(block, block + 1)
+        with Scratch(weights.source, folder, _exact(weights)) as scratch:
+            producers = walk.graph(blocks, scratch.weights).producers
+            if not producers:
+                return factors
+            squares: dict[Names, np.ndarray] = {}
+            for inputs in walk.inputs(blocks, scratch):
+                for names in producers:
+                    squares[names] = squares.get(names, 0) + np.square(inputs[names]).sum(0)
+            walk.advance(blocks, scratch)
+        for names, producer in producers.items():
+            rms = np.sqrt(squares[names])
+            # A channel that hardly fires may when others speak: it counts as a hundredth of the mean
+            factor = np.sqrt(np.maximum(rms / rms.mean(), 0.01)) if rms.any() else np.ones_like(rms)
+            factors.rows[producer] = 1 / factor
+            factors.columns.update({f"{name}.weight": factor for name in names})
+    progress(Event("smooth", card.blocks, card.blocks, "", "blocks"))
+    return factors
 
 
 def calibrate(
-    architecture: ModuleType, card: Card, source, weights: Weights, tokens: np.ndarray, progress: Progress = silent
-) -> None:
+    architecture: ModuleType, card: Card, weights: Weights, places: Callable[[], Mapping[str, Place]],
+    tokens: np.ndarray, folder: Path, progress: Progress = silent,
+) -> None:  # fmt: skip
     """Rounds and stores every block's matrices in `weights`, each with the moments of its inputs over `tokens`, int64
-    [rows, length]."""
-    # A model with a block more gives its last block's stream, and needs no head
-    longer = dataclasses.replace(card, blocks=card.blocks + 1)
-    # Embeddings as they will be: the table is the largest tensor, and the stream starts with its rounding errors
-    exact = dataclasses.replace(NAMED["fp32"], embedding=weights.recipe.embedding)
-    hidden: np.ndarray | None = None
+    [rows, length]. `places` says where the bytes stored so far lie; scratch files are in `folder`, one at a time."""
+    walk = Walk(architecture, card, tokens)
     for block in range(card.blocks):
+        progress(Event("calibrate", block, card.blocks, f"block {block}", "blocks"))
         blocks = range(block, block + 1)
-        with Scratch() as scratch:
-            g = GraphBuilder("tapped", Weights(source, exact, scratch), taps=True)
-            architecture.build(g, longer, blocks)
-            weights.hessians = moments(...)
-        with Scratch(weights.sink) as scratch:
-            g = GraphBuilder("rounded", weights)
-            architecture.build(g, longer, blocks)
-        progress(Event("calibrate", block + 1, card.blocks, f"block {block}", "blocks"))
+        with Scratch(weights.source, folder, _exact(weights), weights.factors) as scratch:
+            weights.hessians = moments(walk, blocks, scratch)
+        walk.graph(blocks, weights)  # rounds
+        weights.hessians = {}
+        walk.advance(blocks, Stored(weights, places(), repack=True))
+    progress(Event("calibrate", card.blocks, card.blocks, "", "blocks"))
+
+
+def moments(walk: Walk, blocks: range, stored: Scratch) -> dict[Names, np.ndarray]:
+    """The second moments, fp32 [inputs, inputs], of the inputs of every product of `blocks` over all texts, by the
+    tensors' names."""
+    sums: dict[Names, np.ndarray] = {}
+    waiting: dict[Names, list[np.ndarray]] = {}
+
+    def add(names: Names, rows: list[np.ndarray]) -> None:
+        seen = np.concatenate(rows)
+        rows.clear()
+        if names in sums:
+            sums[names] += seen.T @ seen
+        else:
+            sums[names] = seen.T @ seen
+
+    for inputs in walk.inputs(blocks, stored):
+        for names, seen in inputs.items():
+            rows = waiting.setdefault(names, [])
+            rows.append(seen)
+            if sum(map(len, rows)) >= _AT_ONCE:
+                add(names, rows)
+    for names, rows in waiting.items():
+        if rows:
+            add(names, rows)
+    return {tuple(f"{name}.weight" for name in names): sums[names] for names in sums}
+
+
+def _exact(weights: Weights) -> Recipe:
+    """fp32, but for the embedding: the stream starts with its rounding errors, and the table is the largest tensor."""
+    return dataclasses.replace(NAMED["fp32"], embedding=weights.recipe.embedding)

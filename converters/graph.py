@@ -33,6 +33,7 @@ class GraphBuilder:
         self._scope = ""
         self._counts: dict[str, int] = {}
         self.tapped: dict[tuple[str, ...], str] = {}
+        self.producers: dict[tuple[str, ...], str] = {}
 
     def scope(self, name: str) -> None:
         """Prefixes the names of the nodes that follow, so that a profile reads like the model."""
@@ -80,13 +81,19 @@ class GraphBuilder:
         """A vector of the checkpoint (norm, bias) in fp32; `transform` (array -> array) as the model defines it."""
         return self._external(self.weights.plain(name, transform))
 
-    def linear(self, names: str | tuple[str, ...], x: ir.Value, bias: bool = False, role: str = "linear") -> ir.Value:
+    def linear(
+        self, names: str | tuple[str, ...], x: ir.Value, bias: bool = False, role: str = "linear", after: str = ""
+    ) -> ir.Value:
         """x [.., inputs] times the transposed matrices `names` [outputs, inputs] stacked by rows: [.., sum of outputs].
 
-        Tensor names are without `.weight`; with `bias` their `.bias` vectors are stacked and added.
+        Tensor names are without `.weight`; with `bias` their `.bias` vectors are stacked and added. `after` names a
+        norm, or a matrix without bias, whose rows each make one channel of x in proportion, so that a factor may move
+        between that row and these columns.
         """
         names = (names,) if isinstance(names, str) else names
         matrix = self.weights.matrix(tuple(f"{name}.weight" for name in names), role)
+        if after:
+            self.producers[names] = f"{after}.weight"
         offset = self._external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
         if self.taps and names not in self.tapped:
             self.tapped[names] = f"tap.{names[0]}"

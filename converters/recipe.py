@@ -54,7 +54,8 @@ class Calibration:
 class Recipe:
     """`linear` is the format of the blocks' matrices, `embedding` and `head` have their own (a tied head is the
     embedding); the first of `rules` whose pattern matches a tensor's name outranks them. `method` rounds: `rtn` to
-    nearest, `gptq` with second-order error feedback from calibration text (Frantar et al. 2022)."""
+    nearest, `gptq` with second-order error feedback from calibration text (Frantar et al. 2022). `smooth` first moves
+    what makes channels unequal out of the activations into the weights (Xiao et al. 2023), by calibration text too."""
 
     name: str = "fp32"
     version: int = 1
@@ -63,6 +64,7 @@ class Recipe:
     head: Format = Format()
     rules: tuple[tuple[str, Format], ...] = ()
     method: str = "rtn"
+    smooth: bool = False
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self):
@@ -70,6 +72,10 @@ class Recipe:
             raise _refuse(f"version is {self.version!r}", "1")
         if self.method not in METHODS:
             raise _refuse(f"method is {self.method!r}", "one of " + ", ".join(METHODS))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.smooth or self.method != "rtn"
 
     def format(self, tensor: str, role: str = "linear") -> Format:
         """The format of `tensor`; `role` is linear, embedding or head."""
@@ -85,9 +91,9 @@ class Recipe:
 _INT8, _INT4 = Format(8), Format(4)
 NAMED = {
     "fp32": Recipe(),
-    "int8": Recipe("int8", linear=_INT8, embedding=_INT8, head=_INT8),
+    "int8": Recipe("int8", linear=_INT8, embedding=_INT8, head=_INT8, smooth=True),
     "int4": Recipe("int4", linear=_INT4, embedding=_INT8, head=_INT8),
-    "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_INT8, head=_INT8, method="gptq"),
+    "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_INT8, head=_INT8, method="gptq", smooth=True),
 }
 
 
@@ -97,7 +103,7 @@ def load(recipe: "str | Path | Recipe") -> Recipe:
         return recipe
     if str(recipe) in NAMED:
         return NAMED[str(recipe)]
-    path = Path(recipe)
+    path = Path(recipe) if isinstance(recipe, str | Path) else Path()
     if path.suffix != ".toml":
         raise UsageError(
             f"There is no recipe {str(recipe)!r}.",
@@ -105,11 +111,12 @@ def load(recipe: "str | Path | Recipe") -> Recipe:
             "Name one, or a .toml file.",
         )
     try:
-        with open(path, "rb") as file:
-            raw = tomllib.load(file)
-    except OSError as error:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise UsageError(f"The recipe {path} cannot be read.", str(error), "Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    try:
+        raw = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"The recipe {path} is not TOML.", str(error), "Mend the line that the message names."
         ) from None

@@ -1,6 +1,76 @@
-"""What a conversion did, as a value: sizes, times, memory, and how far the result is from its source."""
+"""What a conversion did, as values: sizes, times, memory, and how far the result is from its source.
 
+It knows nothing about how they are measured, so that whoever shows them loads no engine.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.runtime.errors import BundleError
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Converted against source in fp32, over `tokens` tokens of `texts` texts.
+
+    Differences are of logits, or of an encoder's embeddings. `block_errors[b]` is |converted - source| / |source| of
+    the stream after block b, the mean over tokens, each model fed by its own blocks; `first_divergent_block` is the
+    first where it is so large that something is wrong there. Language models: `kl` is KL(source || converted) in nats
+    a token, `top1_agreement` the share of tokens after which both find the same most likely, perplexities are of the
+    held-out text. Encoders: `cosine` is the smallest.
+    """
+
+    texts: int
+    tokens: int
+    max_abs_difference: float
+    mean_abs_difference: float
+    block_errors: tuple[float, ...]
+    first_divergent_block: int | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    perplexity: float | None = None
+    source_perplexity: float | None = None
+    cosine: float | None = None
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw) -> "Parity":
+        """Reads untrusted values; unknown keys are ignored. Raises BundleError naming the field that is wrong."""
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            value = raw.get(item.name, item.default) if isinstance(raw, dict) else dataclasses.MISSING
+            if item.name == "block_errors" and isinstance(value, list | tuple) and all(map(_number, value)):
+                values[item.name] = tuple(map(float, value))
+            elif item.name != "block_errors" and (_number(value) or (value is None and item.default is None)):
+                values[item.name] = value
+            else:
+                raise BundleError(
+                    "The bundle's parity figures cannot be read.", f"Field {item.name!r} is missing or wrong.",
+                    "Convert the checkpoint again.",
+                )  # fmt: skip
+        return cls(**values)
+
+
+def parity_to_json(figures: Mapping[str, Parity | None]) -> bytes:
+    """The bundle's section: figures by name."""
+    raw = {name: found.to_dict() if found else None for name, found in figures.items()}
+    return json.dumps(raw, sort_keys=True, indent=1, allow_nan=False).encode()
+
+
+def parity_from_json(data: bytes) -> dict[str, Parity | None]:
+    """Reads the section, untrusted. Raises BundleError."""
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError):
+        raw = None
+    if not isinstance(raw, dict):
+        raise BundleError("The bundle's parity figures cannot be read.", "They are not JSON.", "Convert again.")
+    return {name: None if value is None else Parity.from_dict(value) for name, value in raw.items()}
 
 
 @dataclass(frozen=True)
@@ -47,7 +117,11 @@ def describe_parity(values: dict) -> str:
     """One line of the figures that a parity run gives."""
     wanted = (
         ("top1_agreement", "top-1 agreement {:.1%}"), ("kl", "KL {:.5f} nats"), ("perplexity", "perplexity {:.3f}"),
-        ("source_perplexity", "source {:.3f}"), ("cosine", "cosine {:.6f}"), ("max_abs_difference", "max difference {:.2e}"),
-        ("first_divergent_block", "first divergent block {}"),
+        ("source_perplexity", "source {:.3f}"), ("cosine", "cosine {:.6f}"),
+        ("max_abs_difference", "max difference {:.2e}"), ("first_divergent_block", "first divergent block {}"),
     )  # fmt: skip
     return ", ".join(text.format(values[key]) for key, text in wanted if values.get(key) is not None)
+
+
+def _number(value) -> bool:
+    return type(value) in (int, float) and -1e300 < value < 1e300

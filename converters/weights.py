@@ -8,11 +8,12 @@ and a second graph over the same weights costs nothing. It knows nothing about o
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from shoal.runtime.errors import ConvertError
 from shoal.runtime.events import Event, Progress, silent
 
 from .quantize import gptq, rtn
@@ -58,7 +59,8 @@ class Stored:
 @dataclass(frozen=True)
 class Matrix:
     """A matrix [outputs, inputs]: `values` are fp32 [outputs, inputs] or codes uint8 [outputs, groups, bytes of a
-    group], low nibble first; `scales` fp32 and `zeros` (packed like the codes) are [outputs, ..]: w = scale * (code - zero)."""
+    group], low nibble first; `scales` fp32 and `zeros` (packed like the codes) are [outputs, ..]:
+    w = scale * (code - zero)."""
 
     format: Format
     outputs: int
@@ -75,20 +77,33 @@ class Matrix:
         found = []
         for start in range(0, self.outputs, step):
             stop = min(start + step, self.outputs)
-            values, scales, zeros = (part and part.rows(start, stop) for part in (self.values, self.scales, self.zeros))
-            found.append(Matrix(self.format, stop - start, self.inputs, values, scales, zeros))
+            parts = [part.rows(start, stop) for part in self.parts()]
+            found.append(Matrix(self.format, stop - start, self.inputs, *parts))
         return found
 
     def parts(self) -> tuple[Stored, ...]:
         return tuple(part for part in (self.values, self.scales, self.zeros) if part is not None)
 
 
-class Weights:
-    """The store. `source` has tensors() and read(name, start, stop); `hessians` maps a matrix's names to the inputs'
-    second moments [inputs, inputs], which the recipe's method uses where it finds them."""
+@dataclass(frozen=True)
+class Factors:
+    """What channels are multiplied by on the way, by tensor name: `rows` [outputs] of a matrix or entries of a norm,
+    `columns` [inputs] of a matrix."""
 
-    def __init__(self, source, recipe: Recipe, sink: Sink, progress: Progress = silent):
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Weights:
+    """The store. `source` has tensors() and read(name, start, stop); `factors` apply before anything is rounded;
+    `hessians` maps a matrix's names to the inputs' second moments [inputs, inputs], which the recipe's method uses
+    where it finds them."""
+
+    def __init__(
+        self, source, recipe: Recipe, sink: Sink, progress: Progress = silent, factors: Factors | None = None
+    ):  # fmt: skip
         self.source, self.recipe, self.sink, self.progress = source, recipe, sink, progress
+        self.factors = factors or Factors()
         self.hessians: dict[tuple[str, ...], np.ndarray] = {}
         self.shapes = {name: info.shape for name, info in source.tensors().items()}
         self.matrices: dict[tuple[str, ...], Matrix] = {}
@@ -96,13 +111,23 @@ class Weights:
         self._total = sum(math.prod(shape) for shape in self.shapes.values()) * 4
         self._done = 0
 
+    @property
+    def exact(self) -> bool:
+        """Whether every matrix stored so far is in fp32."""
+        return all(matrix.format.bits == 32 for matrix in self.matrices.values())
+
     def plain(self, name: str, transform: Callable | None = None) -> Stored:
         """The tensor `name` in fp32; the transform is part of the model, so one name has one."""
-        return self._keep((name,), lambda: transform(self._whole(name)) if transform else self._whole(name))
+
+        def make() -> np.ndarray:
+            vector = transform(self._read(name)) if transform else self._read(name)
+            return vector * self.factors.rows[name] if name in self.factors.rows else vector
+
+        return self._keep((name,), make)
 
     def stacked(self, names: tuple[str, ...]) -> Stored:
         """Vectors in fp32, one behind the other."""
-        return self._keep(names, lambda: np.concatenate([self._whole(name) for name in names]))
+        return self._keep(names, lambda: np.concatenate([self._read(name) for name in names]))
 
     def matrix(self, names: tuple[str, ...], role: str = "linear") -> Matrix:
         """The matrices `names` [outputs, inputs] stacked by rows, in the recipe's format for the first name."""
@@ -143,18 +168,24 @@ class Weights:
             rows, columns = self.shapes[name]
             step = max(1, SLICE_BYTES // (4 * columns))
             for start in range(0, rows, step):
-                part = self.source.read(name, start, min(start + step, rows))
+                part = self._read(name, start, min(start + step, rows))
+                if name in self.factors.columns:
+                    part = part * self.factors.columns[name]
+                if name in self.factors.rows:
+                    part = part * self.factors.rows[name][start : start + step, None]
                 yield part
-                self._report(name, part.nbytes)
+                del part
 
-    def _whole(self, name: str) -> np.ndarray:
-        array = self.source.read(name)
-        self._report(name, array.nbytes)
-        return array
-
-    def _report(self, name: str, size: int) -> None:
-        self._done += size
+    def _read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        rows = self.source.read(name, start, stop)
+        if not np.isfinite(rows).all():
+            raise ConvertError(
+                f"The tensor {name} cannot be converted.", "It has values that are not finite numbers.",
+                "Download the checkpoint again; if it was published so, take one in BF16 or F32.",
+            )  # fmt: skip
+        self._done += rows.nbytes
         self.progress(Event("convert", self._done, max(self._total, self._done), name, "B"))
+        return rows
 
     def _keep(self, names: tuple[str, ...], make: Callable[[], np.ndarray]) -> Stored:
         if names not in self._plain:

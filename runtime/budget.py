@@ -17,7 +17,8 @@ MIB = 1 << 20
 DEFAULT_CONTEXT = 4096
 SHORTEST_CONTEXT = 64
 CHUNKS = (256, 128, 64, 32)
-_ARENA = 1.15
+_ARENA = 1.22
+_PASSING = 6 * MIB
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a bundle brings, in bytes: `weights` mapped from the bundle and touched by a decode step, `repacked` mapped
-    from the prepared cache, `private` copies that the engine makes where nothing is prepared, `tokenizer`, and the
-    engine's own, `session`."""
+    """What a bundle brings, in bytes: `weights` mapped from the bundle and read by every step, `row` of the tables for
+    each token of a step, `repacked` mapped from the prepared cache, `private` copies that the engine makes where
+    nothing is prepared, `tokenizer`, the engine's own, `session`, and its `code`, touched for the first time. `cold` is
+    what is read or held only while the model is prepared and opened, before there is a cache or an activation."""
 
     weights: int
+    row: int = 0
     repacked: int = 0
     private: int = 0
     tokenizer: int = 0
     session: int = 0
+    code: int = 51 << 18
+    cold: int = 0
+
+    @property
+    def opening(self) -> int:
+        """The most that is held before the model is ready; what is `repacked` is not read until the first step."""
+        return self.cold + self.private + self.tokenizer + self.session + self.code
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,11 @@ class Plan:
 
 def plan(
     card: Card, sizes: Sizes, *, memory: int | None = None, context: int | None = None, slots: int = 1,
-    kv: str = "fp32", chunk: int | None = None, shortest: int = SHORTEST_CONTEXT,
+    kv: str = "fp32", chunk: int | None = None, shortest: int = SHORTEST_CONTEXT, loaded: bool = False,
 ) -> Plan:  # fmt: skip
     """Decides what goes where. Without `context` it is the longest that fits `memory` (up to the model's own, or
-    4096 where there is no budget); without `chunk` the largest that leaves room for `context`.
+    4096 where there is no budget); without `chunk` the largest that leaves room for `context`. Of a model that is
+    `loaded` only the context can change, so only that is offered where it does not fit.
 
     Raises UsageError for impossible arguments and BudgetError, with the table, where it cannot fit.
     """
@@ -99,11 +110,8 @@ def plan(
         if value is not None and (type(value) is not int or value < least):
             raise UsageError(f"{name} is {value!r}.", f"It must be a whole number of at least {least}.", "Correct it.")
     if context is not None and context > card.max_context:
-        raise UsageError(
-            f"A context of {context} tokens is asked for.",
-            f"The model was trained for {card.max_context}.",
-            "Ask for less.",
-        )
+        why = f"The model was trained for {card.max_context}."
+        raise UsageError(f"A context of {context} tokens is asked for.", why, "Ask for less.")
 
     def rows(length: int, block: int, kind: str = kv, count: int = slots) -> tuple[Row, ...]:
         found = [Row("weights", sizes.weights, "mapped")]
@@ -115,27 +123,24 @@ def plan(
             found.append(Row("key-value cache", cache_bytes(card, length, count, kind), "anonymous", "elastic",
                              f"{count} x {length} tokens, {kind}"))  # fmt: skip
             found.append(Row("rotary tables", rotary_bytes(card, length), "anonymous", "elastic"))
-        found.append(
-            Row(
-                "activations",
-                activation_bytes(card, block, length, count),
-                "anonymous",
-                note=f"chunks of {block} tokens",
-            )
-        )
+        work = activation_bytes(card, block, length, count)
+        found.append(Row("activations", work, "anonymous", note=f"chunks of {block} tokens"))
         found.append(Row("tokenizer", sizes.tokenizer, "anonymous"))
-        found.append(Row("engine", sizes.session, "anonymous"))
+        found.append(Row("engine", sizes.session, "anonymous", note="ONNX Runtime's own"))
+        found.append(Row("engine code", sizes.code, "mapped", note="what running it adds of its libraries"))
+        # Rows of tables that a long step fetches, and what the heap holds more of in one run than in another
+        found.append(Row("step peak", sizes.row * block + _PASSING, "anonymous", note="at most, for moments"))
         return tuple(row for row in found if row.bytes or row.name in ("weights", "activations"))
 
     def total(length: int, block: int, **kinds) -> int:
-        return sum(row.bytes for row in rows(length, block, **kinds))
+        return max(0 if loaded else sizes.opening, sum(row.bytes for row in rows(length, block, **kinds)))
 
-    def longest(block: int, most: int, **kinds) -> int:
-        """The longest context that fits, 0 where none does; bytes grow with it, so halving finds it."""
+    def longest(block: int, most: int, limit: int) -> int:
+        """The longest context that fits `limit`, 0 where none does; bytes grow with it, so halving finds it."""
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            if total(middle, block, **kinds) <= memory:
+            if total(middle, block) <= limit:
                 low = middle
             else:
                 high = middle - 1
@@ -148,7 +153,7 @@ def plan(
     most = context or card.max_context
     least = context or min(shortest, card.max_context)
     for block in chunks:
-        length = longest(block, most)
+        length = longest(block, most, memory)
         # A long chunk is worth less than room for a conversation
         if length >= (context or min(most, 1024)) or (block == chunks[-1] and length >= least):
             length = length if length == most or length < 64 else length // 64 * 64
@@ -156,20 +161,24 @@ def plan(
     block = chunks[-1]
     refused = Plan(rows(least, block), least, slots, block, kv, memory)
     fixes = []
-    other = longest(block, most)
+    other = longest(block, most, memory)
     if other >= min(shortest, card.max_context):
         fixes.append(f"ask for a context of {other} tokens")
-    if kv != "int8" and card.task == "generate" and total(least, block, kind="int8") <= memory:
+    if not loaded and kv != "int8" and card.task == "generate" and total(least, block, kind="int8") <= memory:
         fixes.append("keep the cache in int8 (kv='int8')")
-    if slots > 1 and total(least, block, count=1) <= memory:
+    if not loaded and slots > 1 and total(least, block, count=1) <= memory:
         fixes.append("ask for one slot")
-    fixes.append(f"allow {math.ceil(refused.total / MIB)} MiB")
-    fixes.append("convert with a recipe of fewer bits")
+    needed = total(least, block)
+    fixes.append(f"allow {math.ceil(needed / MIB)} MiB")
+    fixes.append("load it again with a shorter chunk" if loaded else "convert with a recipe of fewer bits")
+    why = f"It would use {refused.total / MIB:.1f} MiB" if needed == refused.total else (
+        f"It needs {needed / MIB:.1f} MiB while it is opened, and {refused.total / MIB:.1f} MiB then"
+    )  # fmt: skip
     error = BudgetError(
-        f"The model does not fit {memory / MIB:.1f} MiB.", f"It would use {refused.total / MIB:.1f} MiB:\n{refused.table()}",
+        f"The model does not fit {memory / MIB:.1f} MiB.", f"{why}:\n{refused.table()}",
         f"{fixes[0][0].upper()}{fixes[0][1:]}, or {fixes[1]}.",
     )  # fmt: skip
-    error.plan = refused
+    error.plan = refused  # type: ignore[assignment]
     raise error
 
 
@@ -177,8 +186,8 @@ def activation_bytes(card: Card, chunk: int, context: int, slots: int) -> int:
     """Bytes that the engine's arena holds for intermediate values after a step of `chunk` tokens.
 
     ONNX Runtime shares a buffer only among values of one shape and keeps each to the end of a step, so what counts is
-    how many values of each width are alive at once, plus the largest operator's scratch; its arena grows in powers of
-    two, measured at 1.15 times what is asked for.
+    how many values of each width are alive at once, plus the largest operator's scratch; its arena holds 1.22
+    times that once it has seen chunks of several lengths.
     """
     q, kv = card.heads * card.head_dim, card.kv_heads * card.head_dim
     stream = 4 * card.hidden  # the residual, its sum, the norm and a block's output
@@ -187,11 +196,10 @@ def activation_bytes(card: Card, chunk: int, context: int, slots: int) -> int:
         # Q, K, V, their product, and one row of scores a head; the activation doubles the feed-forward
         floats = stream + 2 * qkv + 2 * card.ffn + card.heads * min(context, chunk)
         return int(_ARENA * 4 * floats * max(chunk, context))
-    heads = 2 * qkv if card.qk_norm else 0  # split, and normalised a head at a time
     scratch = max(2 * q + 3 * kv + qkv, 5 * max(card.ffn, card.hidden) // 16)
-    floats = stream + qkv + heads + 5 * card.ffn + scratch
-    # Beside the arena: the logits of each slot, the sampler's copy, and what a request's own lists take
-    return int(_ARENA * 4 * floats * max(chunk, slots)) + 4 * card.vocab * (slots + 1) + MIB
+    floats = stream + qkv + 5 * card.ffn + scratch
+    # Beside the arena: each slot's logits and the sampler's copies of them, and what a request's own lists take
+    return int(_ARENA * 4 * floats * max(chunk, slots)) + 4 * card.vocab * 3 * slots + 5 * MIB // 4
 
 
 def parse_size(text: "int | str | None") -> int | None:

@@ -3,7 +3,9 @@
 A file is a header (magic, lengths, sha256 of the index), data, and an index (JSON) at its end. It is written under
 another name, flushed to the disk and renamed, so a crash leaves the old state. Who reads one holds a shared lock on
 it; who writes one holds the folder's lock, so two processes never make the same file at once. A file that is damaged,
-of another version or that somebody else could have written counts as absent. It knows nothing about what is cached.
+of another version or name, written to since it was made, or that somebody else could have written counts as absent.
+When it was made is in its index and is the file's time; when it was used last, which decides who goes first, is its
+access time. It knows nothing about what is cached.
 """
 
 import contextlib
@@ -59,6 +61,8 @@ class CacheFile:
             if hashlib.sha256(text).digest() != digest:
                 raise ValueError("its index is damaged")
             self.index: dict = json.loads(text)
+            if (self.index["name"], self.index["made"]) != (path.name, status.st_mtime_ns):
+                raise ValueError("it was made as another file, or written to since")
             self._pieces = [(int(at), int(length), str(digest)) for at, length, digest in self.index["pieces"]]
         except BaseException:
             self.close()
@@ -109,13 +113,15 @@ class CacheWriter:
         path.unlink()
 
     def _made(self, index: dict) -> Path:
-        text = json.dumps({**index, "pieces": self._pieces}).encode()
+        made = int(time.time()) // 2 * 2 * 10**9  # every file system keeps two seconds
+        text = json.dumps({**index, "made": made, "pieces": self._pieces}).encode()
         with self._file as file:
             at = file.seek(-(-file.tell() // PAGE) * PAGE)
             file.write(text)
             file.seek(0)
             file.write(_HEADER.pack(MAGIC, VERSION, 0, at, len(text), hashlib.sha256(text).digest()))
             file.flush()
+            os.utime(file.fileno(), ns=(time.time_ns(), made))
             os.fsync(file.fileno())
         return Path(file.name)
 
@@ -129,7 +135,7 @@ def find(folder: Path, name: str) -> CacheFile | None:
         found = CacheFile(path, os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK))
         fcntl.flock(found.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if os.path.samestat(os.stat(path), os.fstat(found.fd)):  # not removed before we had the lock
-            os.utime(found.fd)  # used just now: the last to go
+            os.utime(found.fd, ns=(time.time_ns(), found.index["made"]))  # used just now: the last to go
             return found
     return None
 
@@ -176,7 +182,8 @@ def create(folder: Path, name: str, index: dict) -> Iterator[CacheWriter]:
         writer = CacheWriter(Path(scratch))
         with contextlib.closing(writer._file):
             yield writer
-            os.replace(writer._made(index), folder / (name + SUFFIX))
+            path = folder / (name + SUFFIX)
+            os.replace(writer._made({**index, "name": path.name}), path)
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -191,7 +198,7 @@ def make_room(folder: Path, needed: int, limit: int) -> None:
     """
     import fcntl
 
-    files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.glob("*" + SUFFIX))
+    files = sorted((path.stat().st_atime_ns, path.stat().st_size, path) for path in folder.glob("*" + SUFFIX))
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
         if total + needed <= limit and shutil.disk_usage(folder).free >= needed:

@@ -8,6 +8,7 @@ from .bundle import Bundle
 from .card import Card
 from .errors import BackendError
 from .prepack import Prepared
+from .session import LIBRARIES
 
 
 @dataclass
@@ -23,19 +24,18 @@ class Parts:
     placement: dict[str, int] = field(default_factory=dict)  # execution provider -> nodes
     load_s: float = 0.0
     prepared: Prepared | None = None
-
     base: int | None = None  # anonymous bytes when loading was done
+    code: int | None = field(default_factory=lambda: measure.folder_rss(LIBRARIES))  # of the engine, before loading
 
     def ready(self) -> None:
         """Loading is done: what the process holds beyond this is activations."""
         self.base = measure.anonymous_bytes()
 
-    def grew(self, row: str, before: int | None) -> int | None:
-        """Notes what `row` added to the anonymous bytes since `before`; returns what they are now."""
+    def grew(self, row: str, before: int | None) -> None:
+        """Notes as `row` what loading added to the anonymous bytes since `before`, but for what has a row already."""
         now = measure.anonymous_bytes()
         if now is not None and before is not None:
-            self.added[row] = max(0, now - before)
-        return now
+            self.added[row] = max(0, now - before - sum(self.added.values()))
 
 
 class Loaded:
@@ -58,7 +58,9 @@ class Loaded:
                 found[row.name] = measure.mapped_rss(self.parts.mapped[row.name])
             else:
                 found[row.name] = self.parts.added.get(row.name)
-        now = measure.anonymous_bytes()
+        now, code = measure.anonymous_bytes(), measure.folder_rss(LIBRARIES)
+        if code is not None and self.parts.code is not None:
+            found["engine code"] = max(0, code - self.parts.code)
         if now is not None and self.parts.base is not None:
             found["activations"] = max(0, now - self.parts.base)
         return found

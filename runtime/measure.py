@@ -8,7 +8,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -100,6 +100,14 @@ def mapped_rss(path: str | os.PathLike) -> int | None:
     """
     text = _read("/proc/self/smaps")
     return None if text is None else sum(found.rss - found.anonymous for found in _of_file(text, path))
+
+
+def folder_rss(folders: Iterable[str]) -> int | None:
+    """Resident bytes of this process's mappings of files below these folders, such as a package's shared libraries."""
+    text, below = _read("/proc/self/smaps"), tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+    if text is None:
+        return None
+    return sum(found.rss - found.anonymous for found in parse_smaps(text) if found.path.startswith(below))
 
 
 def range_rss(address: int, length: int) -> int | None:

@@ -4,6 +4,7 @@ Loading is: open and verify the bundle, plan, refuse what cannot fit, prepare th
 them, make the cache, and check that the file behind the mapping is still the one that was verified.
 """
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -14,18 +15,19 @@ from .bundle import Bundle
 from .bundle import Section as BundleSection
 from .card import Card
 from .embedding import EmbeddingModel
-from .errors import BundleError, UsageError
+from .errors import BudgetError, BundleError, StorageError, UsageError
 from .events import Event, Progress, silent
 from .language.cache import Cache
-from .language.decoder import RELEASED, Decoder
+from .language.decoder import Decoder
 from .language.model import LanguageModel
 from .language.tokens import Tokenizer
 from .loaded import Parts
+from .mapped import ALWAYS
 
-_TOKENIZER = 3 << 19  # its code and the heap's slack, beside its tables
-_ENGINE = 5 << 20  # what an ORT environment and session hold, and for each node of the graph:
-_ENGINE_NODE = 8 << 10
-_AROUND = 64 << 10  # what the kernel maps around a row of a table that is touched
+_TOKENIZER = 1 << 19  # its code and the heap's slack, beside its tables
+_ENGINE = 19 << 18  # what an ORT environment and session hold, and for each node of the graph:
+_ENGINE_NODE = 4 << 10
+_PIECE = 1 << 10  # what whole pages add to a node's weights
 
 
 def load(
@@ -37,52 +39,63 @@ def load(
 
     `context` tokens and `slots` conversations at once decide the key-value cache, kept as `kv` (fp32 or int8); `chunk`
     is the most tokens of one prefill step; `threads` 0 takes every core; `queue` is how many requests may wait for a
-    slot. `prepare` False skips the cache of repacked weights and pays for it in private memory.
-    Raises BundleError, BudgetError, BackendError, UsageError, StorageError.
+    slot. `prepare` False skips the cache of repacked weights and pays for it in private memory; so does a cache folder
+    that is full or cannot be used, which an event reports.
+    Raises BundleError, BudgetError, BackendError, UsageError, and StorageError where the budget has no room for that.
     """
     started = time.perf_counter()
     choose(backend)
     if type(threads) is not int or not 0 <= threads <= 1024:
         raise UsageError(f"threads is {threads!r}.", "It must be from 0 to 1024.", "Correct it.")
-    bundle = Bundle.open(path)
-    try:
+    with contextlib.ExitStack() as undo:
+        bundle = undo.enter_context(Bundle.open(path))
         card = Card.from_json(bundle.bytes(bundle.section("card")))
         graph_bytes, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
         sizes = _sizes(card, graph_bytes, places, prepare)
         size = budget.parse_size(memory)
 
-        def replan(memory: int | None = size, context: int | None = None) -> Plan:
-            return budget.plan(card, sizes, memory=memory, context=context, slots=slots, kv=kv, chunk=chunk)
+        def replan(memory: int | None = size, context: int | None = context, **given) -> Plan:
+            given = {"chunk": chunk} | given
+            return budget.plan(card, sizes, memory=memory, context=context, slots=slots, kv=kv, **given)
 
-        plan = replan(context=context)
-        parts = Parts(bundle, card, plan, mapped={"weights": str(bundle.path)})
+        parts = Parts(bundle, card, replan(), mapped={"weights": str(bundle.path)})
         before = measure.anonymous_bytes()
-        tokenizer = Tokenizer.from_json(bundle.view(bundle.section("tokenizer")))
-        before = parts.grew("tokenizer", before)
+        tokenizer = Tokenizer.from_json(bundle.bytes(bundle.section("tokenizer")))
+        session.release_freed_memory()  # of the section's bytes
+        parts.grew("tokenizer", before)
         if prepare:
-            prepared = prepack.prepare(graph_bytes, places, key=bundle.digest, progress=progress)
-            graph_bytes, places = prepared.graph, prepared.places
-            parts.mapped["repacked weights"] = str(prepared.path)
-            parts.prepared = prepared
+            try:
+                parts.prepared = prepack.prepare(graph_bytes, places, key=bundle.digest, progress=progress)
+            except StorageError as error:  # no cache to be had: as many bytes of private memory, and the plan says so
+                sizes = _sizes(card, graph_bytes, places, prepare=False)
+                try:
+                    parts.plan = replan()
+                except BudgetError as refused:
+                    why = f"{error.why} Without it: {refused.what} {refused.why}"
+                    raise StorageError(error.what, why, error.fix) from None
+                progress(Event("prepare", detail=f"not done, weights will be private: {error.what} {error.why}"))
+            else:
+                undo.callback(parts.prepared.close)
+                graph_bytes, places = parts.prepared.graph, parts.prepared.places
+                parts.mapped["repacked weights"] = str(parts.prepared.path)
         progress(Event("load", detail=bundle.path.name))
         bundle.check_unchanged()
-        graph = session.open_graph(graph_bytes, places, threads=threads)
+        graph = undo.enter_context(session.open_graph(graph_bytes, places, threads=threads))
         bundle.check_unchanged()
         parts.placement = graph.placement()
         parts.grew("private weights" if sizes.private else "engine", before)
+        made: LanguageModel | EmbeddingModel
         if card.task == "embed":
-            parts.ready()
-            parts.load_s = time.perf_counter() - started
-            return EmbeddingModel(parts, tokenizer, graph)
-        decoder = Decoder(graph, card, Cache(card, plan.context, slots, kv), plan.chunk)
-        template = bundle.find("chat_template")
-        chat = bundle.bytes(template).decode("utf-8", "replace") if template else ""
+            made = EmbeddingModel(parts, tokenizer, graph)
+        else:
+            decoder = Decoder(graph, card, Cache(card, parts.plan.context, slots, kv), parts.plan.chunk)
+            template = bundle.find("chat_template")
+            chat = bundle.bytes(template).decode("utf-8", "replace") if template else ""
+            made = LanguageModel(parts, tokenizer, chat, decoder, replan, queue)
         parts.ready()
         parts.load_s = time.perf_counter() - started
-        return LanguageModel(parts, tokenizer, chat, decoder, replan, queue)
-    except BaseException:
-        bundle.close()
-        raise
+        undo.pop_all()
+        return made
 
 
 def plan(
@@ -110,14 +123,18 @@ def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: 
     """The bytes that loading this graph brings, by its shapes alone."""
     model = session.read(graph, places)
     guess = prepack.estimate(graph, places)
-    tables = {name for node in model.nodes if node.op.startswith("Gather") for name in node.inputs}
-    gathered = sum(tensor.nbytes for tensor in model.tensors if tensor.external and tensor.name in tables)
+    tables = session.tables(model, places)
+    repacked = guess.repacked + _PIECE * len(model.nodes)
+    vectors = sum(table.row_bytes for table in tables.pop(ALWAYS))
+    gathered = [table for found in tables.values() for table in found]
     return Sizes(
-        weights=guess.direct - gathered + min(gathered, RELEASED * _AROUND),
-        repacked=guess.repacked if prepare else 0,
-        private=0 if prepare else guess.repacked,
+        weights=guess.direct - sum(table.stride * table.rows for table in gathered),
+        row=sum(table.row_bytes for table in gathered),
+        repacked=repacked if prepare else 0,
+        private=0 if prepare else repacked,
         tokenizer=card.tokenizer_bytes + _TOKENIZER,
-        session=_ENGINE + _ENGINE_NODE * len(model.nodes),
+        session=_ENGINE + _ENGINE_NODE * len(model.nodes) + vectors,
+        cold=max(guess.cold, 3 * guess.largest) if prepare else guess.cold,
     )
 
 

@@ -155,7 +155,7 @@ def _fill(
     writer: CacheWriter, index: dict, model: Model, places: Mapping[str, Place], total: int, progress: Progress
 ) -> None:
     section = next(name for name in ("prepared", "prepared.", "prepared..") if name not in places)
-    frozen = _freeze(model, places, writer.scratch)
+    frozen = _freeze(model, places, writer)
     constants = {tensor.name: tensor for tensor in frozen.tensors}
     weights = {name: tensor for name, tensor in constants.items() if tensor.external}
     entries: dict[str, str] = {}
@@ -190,9 +190,10 @@ def _fill(
     progress(Event("prepare", repacked, repacked, unit="bytes"))
 
 
-def _freeze(model: Model, places: Mapping[str, Place], scratch: Path) -> Model:
+def _freeze(model: Model, places: Mapping[str, Place], writer: CacheWriter) -> Model:
     """The graph as ORT optimises it on this device; its external data still names sections, and no weight is read."""
-    path = scratch / "frozen.onnx"
+    writer.reserve(2 * len(model.data) + (1 << 20))  # else ORT fails in its own words
+    path = writer.scratch / "frozen.onnx"
     options = session_options(threads=1)
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.optimized_model_filepath = str(path)
@@ -223,7 +224,7 @@ def _repack(
     What ORT saved is opened again and has to compute, bit by bit, what the fresh copy computed.
     """
     tensors = [tensor for tensor in frozen.tensors if tensor.name in node.inputs]
-    writer.reserve(3 * sum(tensor.nbytes for tensor in tensors) + (1 << 20))  # else ORT fails in its own words
+    writer.reserve(3 * sum(tensor.nbytes for tensor in tensors) + (1 << 20))
     path, data = writer.scratch / "one.onnx", writer.scratch / "one.data"
     options = session_options(threads=1)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

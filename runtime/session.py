@@ -7,21 +7,23 @@ nothing about bundles, models or tokens.
 
 import contextlib
 import ctypes
-import mmap
 import os
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
 
-from . import measure, onnx_wire
+from . import mapped, onnx_wire
 from .errors import BackendError, BundleError, ShoalError, UsageError
+from .mapped import ALWAYS, Mapped, Table
 
 CPU = "CPUExecutionProvider"
+LIBRARIES = [os.path.dirname(str(package.__file__)) for package in (onnxruntime, np)]  # whose code a model runs
 _OPENING = threading.Lock()
+_VECTOR = 256 << 10  # bytes of the longest weight that is a norm's or a bias
 _DTYPES = {
     "float": np.float32, "double": np.float64, "float16": np.float16, "int8": np.int8, "uint8": np.uint8,
     "int16": np.int16, "uint16": np.uint16, "int32": np.int32, "uint32": np.uint32, "int64": np.int64,
@@ -90,12 +92,30 @@ def open_graph(
         # Of a prepared graph a step reads the prepared file whole; what lies elsewhere is read once, or a row at a time
         paths = {os.path.realpath(place.path) for place in places.values() if not place.prepared}
         with _OPENING:  # so that what is mapped meanwhile is this session's
-            before = _mapped(paths)
+            before = mapped.regions(paths)
             session = start(locate(model, places), options, provider, provider_options)
-            weights = _without(_mapped(paths), before)
-        opened = Session(session, provider, weights, profile=profile is not None)
-        opened.release()  # opening read every weight once, running reads few of those pages
-        return opened
+            weights = mapped.appeared(mapped.regions(paths), before, tables(model, places))
+        weights.release()  # opening read every weight once, running reads few of those pages
+        return Session(session, provider, weights, profile=profile is not None)
+
+
+def tables(model: onnx_wire.Model, places: Mapping[str, Place]) -> dict[str, list[Table]]:
+    """The mapped tables of which a step reads single rows, by the name of the value that picks them; under ALWAYS the
+    vectors (norms, biases) that every step reads, each as a table of one row."""
+    tensors = {tensor.name: tensor for tensor in model.tensors if tensor.external}
+    found: dict[str, dict[str, Table]] = {ALWAYS: {}}
+    for node in model.nodes:
+        axis = {"Gather": "axis", "GatherBlockQuantized": "gather_axis"}.get(node.op)
+        if "MatMul" in node.op or "Gemm" in node.op or (axis and node.integers.get(axis, 0)):
+            continue
+        for tensor in (tensors[name] for name in node.inputs if name in tensors):
+            assert tensor.external is not None
+            place, rows = places[tensor.external.location], tensor.dims[0] if axis and tensor.dims else 1
+            if place.prepared or not rows or not (axis or tensor.nbytes <= _VECTOR):
+                continue
+            table = Table(place.path, place.offset + tensor.external.offset, tensor.nbytes // rows, rows)
+            found.setdefault(node.inputs[1] if axis else ALWAYS, {})[tensor.name] = table
+    return {name: list(named.values()) for name, named in found.items()}
 
 
 def read(graph: bytes, places: Mapping[str, Place]) -> onnx_wire.Model:
@@ -190,11 +210,11 @@ class Session:
         self,
         session: "onnxruntime.InferenceSession",
         provider: str,
-        weights: Sequence[tuple[int, int]] = (),
+        weights: Mapped | None = None,
         profile: bool = False,
     ):
         self._session: onnxruntime.InferenceSession | None = session
-        self._weights, self._profile = list(weights), profile
+        self._weights, self._profile = weights or Mapped(), profile
         self._closing = threading.Lock()
         self.provider = provider
         self.inputs = {value.name: value for value in map(_value, session.get_inputs())}
@@ -206,7 +226,7 @@ class Session:
         if missing := [name for name in self.inputs if name not in feeds]:
             raise UsageError(f"Input {missing[0]!r} is missing.", "The graph needs every input.", "Pass it.")
         arrays = {name: _checked(self.inputs, name, array) for name, array in feeds.items()}
-        with door("The model could not be run."):
+        with door("The model could not be run."), self._reading(arrays):
             return dict(zip(names, self._open().run(names, arrays), strict=True))
 
     def bind(self) -> "Binding":
@@ -221,24 +241,25 @@ class Session:
                 found[part.ep_name] = found.get(part.ep_name, 0) + len(part.get_nodes())
             return found
 
-    def release(self) -> None:
-        """Lets go of the resident pages of the mapped weights, but for prepared ones; the page cache keeps them and
-        the next touch brings them back. Rows of an embedding that were gathered once would else count as resident for ever.
-        """
-        with self._closing, contextlib.suppress(AttributeError, OSError, TypeError):
-            madvise = ctypes.CDLL(None).madvise
-            for start, end in self._weights:
-                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
-
     def close(self) -> None:
         """Frees the session and its threads; arrays stay. A second call does nothing."""
         with self._closing:
-            self._weights = []  # these addresses may soon be somebody else's
+            self._weights.forget()
             session, self._session = self._session, None
         if session is not None and self._profile:
             session.end_profiling()
         del session
         release_freed_memory()
+
+    @contextlib.contextmanager
+    def _reading(self, inputs: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """Around a run: of the mapped tables the rows that it picks, and no others, become resident."""
+        for name in self._weights.tables:
+            if name in inputs:
+                self._weights.fetch(name, inputs[name])
+        yield
+        if self._weights.settle():
+            release_freed_memory()
 
     def _open(self) -> "onnxruntime.InferenceSession":
         if self._session is None:
@@ -283,23 +304,9 @@ class Binding:
     def run(self) -> None:
         """Runs once on the bound arrays."""
         session = self._owner._open()
-        with door("The model could not be run."):
+        arrays = {name: array for (side, name), array in self._arrays.items() if side == "in"}
+        with door("The model could not be run."), self._owner._reading(arrays):
             session.run_with_iobinding(self._binding)
-
-
-def _mapped(paths: Collection[str]) -> list[tuple[int, int]]:
-    """Address ranges of files as ORT maps them: private, writable and never written. A bundle's own is read-only."""
-    return [(m.start, m.end) for m in measure.mappings() if m.path in paths and m.permissions == "rw-p"]
-
-
-def _without(ranges: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The parts of `ranges` outside `others`: the kernel joins neighbouring mappings of one file into one."""
-    same = set(ranges) & set(others)
-    left = [found for found in ranges if found not in same]
-    for low, high in (found for found in others if found not in same):
-        cut = [((start, min(end, low)), (max(start, high), end)) for start, end in left]
-        left = [part for pair in cut for part in pair if part[0] < part[1]]
-    return left
 
 
 def _value(argument) -> Value:

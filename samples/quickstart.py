@@ -1,6 +1,6 @@
 """From nothing to an answer: python3 samples/quickstart.py [PROMPT]
 
-Makes .venv in this checkout and installs shoal there (once), fetches a small real model, converts it to four bits,
+Makes .venv in this checkout and installs shoal there (once), fetches a small real model, converts it to eight bits,
 shows what it will use before loading it, streams an answer, and shows how fast that was and what it really used.
 """
 
@@ -8,7 +8,7 @@ import sys
 
 from environment import ROOT, enter
 
-BUNDLE = ROOT / "build" / "SmolLM2-135M-Instruct.int4.shoal"
+BUNDLE = ROOT / "build" / "SmolLM2-135M-Instruct.int8.shoal"
 MEMORY = "300MB"
 
 
@@ -21,7 +21,7 @@ def main(prompt: str) -> None:
     with Show() as show:
         if not usable(BUNDLE):
             BUNDLE.parent.mkdir(exist_ok=True)
-            report = shoal.convert(fetch("smollm2"), BUNDLE, "int4", overwrite=True, progress=show.progress)
+            report = shoal.convert(fetch("smollm2"), BUNDLE, "int8", overwrite=True, progress=show.progress)
             show.table(report.rows)
         show.line(f"\nBefore loading, of the {MEMORY} it may have:\n{shoal.plan(BUNDLE, memory=MEMORY).table()}\n")
         with shoal.load(BUNDLE, memory=MEMORY, progress=show.progress) as model:

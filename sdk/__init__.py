@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .converters import convert as convert
+    from .converters.convert import convert as convert
     from .runtime import load as load
     from .runtime.budget import Plan as Plan
     from .runtime.budget import plan as plan

@@ -2,28 +2,38 @@
 
 The tests are llama-bench's: `pp` takes a prompt of n tokens, `tg` generates n tokens, both at a depth of d tokens that
 are already in the cache. A decode speed is shown beside a stream read of the same bytes in the same run, which is what
-the memory allows. It knows nothing about the command line; results are values.
+the memory allows. It knows nothing about the command line; results are values (bench_report.py shows them).
 """
 
-import csv
-import dataclasses
-import io
+import contextlib
 import json
+import math
+import os
+import select
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from .runtime import measure
-from .runtime.events import Event, Progress, silent
+from shoal.runtime import measure
+from shoal.runtime.errors import BackendError, MissingPackageError, ShoalError, UsageError
+from shoal.runtime.events import Event, Progress, silent
 
-_TOKENS = np.random.default_rng(7)
+from . import bench_machine as machine
+from .bench_llama_cpp import parse
+
+_LONGEST_ANSWER = 1 << 16  # bytes of a line from an engine's process
+_WINDOW = 32  # tokens of one figure of a sustained run
+_LOADS = 3  # cold and warm each, of which the median counts
+_STAYED = 0.01  # the share of a file that may stay cached for a load to be called cold
 
 
 @dataclass(frozen=True)
@@ -37,22 +47,40 @@ class Test:
     def __str__(self) -> str:
         return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
 
+    @property
+    def prompt(self) -> int:
+        """Tokens that are given; an answer needs one at least to begin after."""
+        return self.depth + self.tokens if self.kind == "pp" else max(1, self.depth)
+
+    @property
+    def context(self) -> int:
+        """Tokens that are held at the end."""
+        return self.prompt + 1 + (self.tokens if self.kind == "tg" else 0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one test; `first_s` are the seconds to the first token, where the engine tells."""
+
+    tokens_per_s: float
+    first_s: float | None = None
+
 
 @dataclass
 class Result:
-    """Tokens a second of one test on one arm, one entry a repetition."""
+    """One test on one arm, one run a repetition."""
 
     arm: str
     test: Test
-    speeds: list[float] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.speeds)
+        return statistics.fmean(run.tokens_per_s for run in self.runs)
 
     @property
     def deviation(self) -> float:
-        return statistics.stdev(self.speeds) if len(self.speeds) > 1 else 0.0
+        return statistics.stdev(run.tokens_per_s for run in self.runs) if len(self.runs) > 1 else 0.0
 
 
 class Arm(Protocol):
@@ -60,8 +88,11 @@ class Arm(Protocol):
 
     name: str
 
-    def run(self, test: Test) -> float:
-        """Tokens a second of one run."""
+    def run(self, test: Test, ids: list[int]) -> Run:
+        """Runs once with the `test.prompt` token ids that every arm gets."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that its process holds, where the system tells: anonymous_bytes, mapped_bytes."""
 
     def close(self) -> None: ...
 
@@ -69,253 +100,338 @@ class Arm(Protocol):
 class ShoalArm:
     """A loaded shoal model through its public API."""
 
-    def __init__(self, model, name: str = "shoal"):
-        self.model, self.name = model, name
+    name = "shoal"
 
-    def run(self, test: Test) -> float:
-        # Fresh ids each time, so that no prompt is found in the cache but the depth that was just put there
-        ids = _TOKENS.integers(0, self.model.card.vocab, test.depth + test.tokens + 1).tolist()
-        options = {"ignore_end": True, "temperature": 0.0}
-        if test.kind == "pp":
-            if test.depth:
-                self.model.generate(ids[: test.depth], max_tokens=1, **options).finish()
-            done = self.model.generate(ids[: test.depth + test.tokens], max_tokens=1, **options)
-            done.finish()
-            return done.stats.prefill_tokens_per_s
-        done = self.model.generate(ids[: max(1, test.depth)], max_tokens=test.tokens + 1, **options)
-        done.finish()
-        return done.stats.decode_tokens_per_s
+    def __init__(self, model):
+        self.model = model
+
+    def run(self, test: Test, ids: list[int]) -> Run:
+        if test.kind == "pp" and test.depth:
+            self._answer(ids[: test.depth], 1)
+        # The first token comes with the prompt: n + 1 tokens are n steps
+        stats = self._answer(ids, 1 if test.kind == "pp" else test.tokens + 1)
+        speed = stats.prefill_tokens_per_s if test.kind == "pp" else stats.decode_tokens_per_s
+        return Run(speed, stats.time_to_first_token_s)
+
+    def _answer(self, ids: list[int], tokens: int):
+        answer = self.model.generate(ids, max_tokens=tokens, ignore_end=True)
+        answer.finish()
+        return answer.stats
+
+    def memory(self) -> dict[str, int]:
+        return _memory(os.getpid())
 
     def close(self) -> None:
         self.model.close()
 
 
 class LlamaCppArm:
-    """llama.cpp through the xllamacpp package, in a process of its own that sleeps while others run."""
+    """llama.cpp through the xllamacpp package, in a process of its own that sleeps while others run.
 
-    def __init__(self, gguf: str, threads: int, context: int, python: str = sys.executable, options: str = ""):
-        self.name = f"llama.cpp{' ' + options if options else ''} {Path(gguf).name}"
+    `options` are those of bench_llama_cpp.parse, `python` has xllamacpp. What the process says is not trusted: an
+    answer is one bounded line of JSON within `patience` seconds. Raises MissingPackageError, UsageError, BackendError.
+    """
+
+    def __init__(
+        self, gguf: str, options: Sequence[str], *, threads: int, context: int, python: str = sys.executable,
+        patience: float = 900.0,
+    ):  # fmt: skip
+        self.name = " ".join(["llama.cpp", Path(gguf).name, *options])
+        self._patience, self._python = patience, python
+        self._said = tempfile.TemporaryFile()  # what llama.cpp logs, for when it ends
         worker = Path(__file__).with_name("bench_llama_cpp.py")
-        self.process = subprocess.Popen(
-            [python, str(worker), gguf, str(threads), str(context), options],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self.vocab = self._read()["vocab"]
+        command = [python, str(worker), gguf, str(threads), str(context), *options]
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
+        except OSError as error:
+            self._said.close()
+            raise UsageError(f"{python} cannot be started.", str(error), "Name a Python that has xllamacpp.") from None
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
 
-    def run(self, test: Test) -> float:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(dataclasses.asdict(test)) + "\n")
-        self.process.stdin.flush()
-        return self._read()["tokens_per_s"]
+    def run(self, test: Test, ids: list[int]) -> Run:
+        assert self._process.stdin
+        request = {"kind": test.kind, "tokens": test.tokens, "depth": test.depth, "ids": ids}
+        watchdog = threading.Timer(self._patience, self._process.kill)  # a pipe that nobody reads is full one day
+        watchdog.start()
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, and that is told with its reason
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        watchdog.cancel()
+        speed = self._read().get("tokens_per_s")
+        if not isinstance(speed, int | float) or not 0 < speed < math.inf:
+            raise self._failed(f"It answered with a speed of {speed!r:.40}.")
+        return Run(float(speed))
 
     def _read(self) -> dict:
-        from .runtime.errors import BackendError
-
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line.startswith("{") else {"error": "it ended without an answer"}
+        assert self._process.stdout
+        out, line, deadline = self._process.stdout.fileno(), b"", time.monotonic() + self._patience
+        while b"\n" not in line:
+            if not select.select([out], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise self._failed(f"It gave no answer in {self._patience:.0f} s.")
+            part = os.read(out, 4096)
+            line += part
+            if not part:
+                raise self._failed(f"It ended without an answer. {self._last_words()}".strip())
+            if len(line) > _LONGEST_ANSWER:
+                raise self._failed("Its answer is too long.")
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise self._failed("Its answer is not one line of JSON.")
+        if answer.get("missing"):
+            raise MissingPackageError(
+                "llama.cpp needs a package that is not here.", f"{self._python}: {answer.get('error')!s:.200}",
+                "Run: pip install xllamacpp (or give --against-python a Python that has it).",
+            )  # fmt: skip
         if "error" in answer:
-            raise BackendError(
-                "llama.cpp cannot be measured.",
-                answer["error"],
-                "Install xllamacpp, or give --against-python its Python.",
-            )
+            raise self._failed(f"{answer['error']!s:.400} {self._last_words()}".strip())
         return answer
 
+    def _last_words(self) -> str:
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - 4096))
+        said = [line for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
+        return said[-1].strip()[:300] if said else ""
+
+    def _failed(self, why: str) -> BackendError:
+        why = "".join(character for character in why if character.isprintable())
+        return BackendError(f"{self.name} cannot be measured.", why, "Check the GGUF file, its options and memory.")
+
+    def memory(self) -> dict[str, int]:
+        return _memory(self._process.pid)
+
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._said):
+            assert pipe
+            with contextlib.suppress(OSError):  # what could not be written is lost
+                pipe.close()
 
 
-def run(arms: Sequence[Arm], tests: Sequence[Test], repetitions: int = 5, progress: Progress = silent) -> list[Result]:
-    """Runs every test `repetitions` times on every arm, arms in turn, after one run that is not counted."""
-    results = []
-    total = len(arms) * len(tests) * (repetitions + 1)
-    done = 0
+def llama_cpp(text: str, python: str = sys.executable) -> Callable[..., LlamaCppArm]:
+    """What makes the arm for "FILE.gguf", or "FILE.gguf -fa off" with options of llama.cpp. Raises UsageError."""
+    path, options = text, list[str]()
+    while not os.path.isfile(path) and " -" in path:
+        path, _, rest = path.rpartition(" -")
+        options = [*f"-{rest}".split(), *options]
+    try:
+        parse(options)
+    except ValueError as error:
+        raise UsageError(f"llama.cpp cannot be run with {' '.join(options)!r}.", f"{error}.", "Correct it.") from None
+    if not os.path.isfile(path):
+        raise UsageError(f"There is no file {path!r}.", "llama.cpp needs one.", "Write --against llama.cpp=FILE.gguf.")
+    return lambda **limits: LlamaCppArm(path, options, python=python, **limits)
+
+
+def run(
+    arms: Sequence[Arm], tests: Sequence[Test], repetitions: int = 5, *, vocab: int,
+    stream: machine.Stream | None = None, progress: Progress = silent, stage: str = "bench",
+) -> tuple[list[Result], list[float]]:  # fmt: skip
+    """Runs every test `repetitions` times on every arm, arms in turn, all with the same random tokens below `vocab`.
+
+    Returns the results and the bytes a second that `stream` read after each repetition of a tg test.
+    """
+    draw = np.random.default_rng(7)
+    results, speeds, done = list[Result](), list[float](), 0
     for test in tests:
         rows = [Result(arm.name, test) for arm in arms]
-        for repetition in range(repetitions + 1):
+        for _ in range(repetitions):
+            ids = draw.integers(0, vocab, test.prompt).tolist()  # new ones: nothing of them is in a cache
             for arm, row in zip(arms, rows, strict=True):
-                speed = arm.run(test)
-                if repetition:
-                    row.speeds.append(speed)
+                row.runs.append(arm.run(test, ids))
                 done += 1
-                progress(Event("bench", done, total, f"{arm.name} {test}"))
+                progress(Event(stage, done, len(arms) * len(tests) * repetitions, f"{arm.name} {test}", "runs"))
+            if stream and test.kind == "tg":
+                speeds.append(stream.run())
         results += rows
-    return results
+    return results, speeds
 
 
-def stream_read(paths: Sequence[tuple[str, int, int]], threads: int) -> float:
-    """Bytes a second at which `threads` threads read ranges (path, offset, bytes) of mapped files: the best of five."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    parts = []
-    for path, offset, length in paths:
-        data = np.memmap(path, np.uint8, "r", offset, (length // 8 * 8,)).view(np.uint64)
-        parts += np.array_split(data, max(1, threads * 4))
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(6):  # the first brings the pages in
-            started = time.perf_counter()
-            list(pool.map(np.bitwise_or.reduce, [part for part in parts if len(part)]))
-            best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - started))
-    return best
-
-
-def load_times(command: Callable[[], list[str]], files: Sequence[str]) -> dict[str, float]:
-    """Seconds that `load` takes in a fresh process: cold (the files dropped from the page cache) and warm."""
-    import os
-
-    found = {}
-    for kind in ("cold", "warm"):
-        if kind == "cold":
-            for path in files:
-                fd = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(fd)
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                finally:
-                    os.close(fd)
-        output = subprocess.run(command(), capture_output=True, text=True, timeout=600, check=True).stdout
-        found[kind] = float(output.strip().splitlines()[-1])
-    return found
-
-
-def sustained(arm: Arm, seconds: float, window: int = 32) -> Iterator[dict]:
-    """Decodes windows of tokens for `seconds`; yields each window's time, speed, temperature and energy so far.
-
-    Temperature (degrees) and energy (joules) are None where the machine has no sensor that can be read.
-    """
-    started, energy = time.perf_counter(), joules()
+def sustained(arm: Arm, seconds: float, vocab: int, window: int = _WINDOW) -> Iterator[dict]:
+    """Decodes `window` tokens again and again for `seconds`; yields each window's time, speed, temperature and the
+    energy used so far, "unavailable" where there is no sensor that can be read."""
+    started, energy, test = time.perf_counter(), machine.Energy(), Test("tg", window)
+    ids = [int(np.random.default_rng(7).integers(0, vocab))]
     while (elapsed := time.perf_counter() - started) < seconds:
-        speed = arm.run(Test("tg", window))
-        now = joules()
+        speed = arm.run(test, ids).tokens_per_s
+        heat, joules = machine.celsius(), energy.joules()
         yield {
-            "at_s": round(elapsed, 2), "decode_tokens_per_s": speed, "celsius": celsius(),
-            "joules": None if now is None or energy is None else now - energy,
+            "at_s": round(elapsed, 2), "tokens": window, "decode_tokens_per_s": speed,
+            "celsius": "unavailable" if heat is None else heat, "joules": "unavailable" if joules is None else joules,
         }  # fmt: skip
 
 
-def celsius(root: str = "/sys/class/thermal") -> float | None:
-    """The hottest zone's temperature."""
-    found = [_number(path) for path in Path(root).glob("thermal_zone*/temp")]
-    return max((value / 1000 for value in found if value is not None), default=None)
-
-
-def joules(root: str = "/sys/class/powercap") -> float | None:
-    """Energy counters of all packages (RAPL), summed."""
-    found = [_number(path) for path in Path(root).glob("*-rapl:?/energy_uj")]
-    counted = [value / 1e6 for value in found if value is not None]
-    return sum(counted) if counted else None
-
-
-def _number(path: Path) -> float | None:
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def render(report: dict, form: str) -> str:
-    """The report as md, csv or json."""
-    if form == "json":
-        return json.dumps(report, indent=1)
-    header = ["arm", "test", "tokens/s", "deviation", "ratio"]
-    rows = [
-        [
-            r["arm"],
-            r["test"],
-            f"{r['mean']:.1f}",
-            f"{r['deviation']:.1f}",
-            "" if r["ratio"] is None else f"{r['ratio']:.2f}",
-        ]
-        for r in report["results"]
-    ]
-    if form == "csv":
-        text = io.StringIO()
-        csv.writer(text).writerows([header, *rows])
-        return text.getvalue()
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    facts = [
-        f"- {key}: {value:.4g}" if isinstance(value, float) else f"- {key}: {value}"
-        for key, value in report.items()
-        if key != "results"
-    ]
-    return "\n".join([*lines, "", *facts]) + "\n"
-
-
-def ratios(results: Sequence[Result]) -> list[dict]:
-    """Rows as dicts; `ratio` is the first arm's mean over this arm's, in the same run."""
-    first = {str(result.test): result for result in results if result.arm == results[0].arm}
-    return [
-        {
-            "arm": result.arm, "test": str(result.test), "mean": result.mean, "deviation": result.deviation,
-            "speeds": result.speeds,
-            "ratio": None if result.arm == results[0].arm else first[str(result.test)].mean / result.mean,
-        }
-        for result in results
-    ]  # fmt: skip
-
-
-def measure_model(
-    bundle: str, tests: Sequence[Test], arms: list[Arm], *, context: int, threads: int, repetitions: int = 5,
-    against: Sequence[Callable[[], Arm]] = (), sustained_s: float | None = None, progress: Progress = silent, **options,
-) -> dict:  # fmt: skip
-    """The whole report of `shoal bench`. Arms are appended to `arms`, so that the caller closes them whatever happens."""
-    from .runtime.bundle import Bundle
-    from .runtime.model import load
-
-    with Bundle.open(bundle) as opened:
-        weights = opened.section("weights", "weights")
-    loads = load_times(
-        lambda: [
-            sys.executable,
-            "-c",
-            _LOAD,
-            str(bundle),
-            json.dumps({**options, "context": context, "threads": threads}),
-        ],
-        [str(bundle)],
-    )
-    with measure.PeakAnonymous() as peak:
-        before = measure.anonymous_bytes() or 0
-        model = load(bundle, context=context, threads=threads, progress=progress, **options)
-        arms.append(ShoalArm(model))
-        results = run(arms, tests, repetitions, progress)  # alone first: the peak is ours
-        growth = None if peak.bytes is None else peak.bytes - before
-    if against:
-        arms.extend(make() for make in against)
-        results = run(arms, tests, repetitions, progress)
-    own = [result for result in results if result.arm == arms[0].name]
-    first = model.generate(_TOKENS.integers(0, model.card.vocab, 64).tolist(), max_tokens=1, ignore_end=True)
-    first.finish()
-    touched = sum(row.bytes for row in model.plan.rows if row.where == "mapped")
-    stream = stream_read([(str(bundle), weights.offset, weights.length)], threads)
-    decode = next((result.mean for result in own if result.test.kind == "tg"), None)
-    report = {
-        "results": ratios(results),
-        "prefill_tokens_per_s": next((result.mean for result in own if result.test.kind == "pp"), None),
-        "decode_tokens_per_s": decode,
-        "time_to_first_token_s": first.stats.time_to_first_token_s,
-        "load_s": loads,
-        "peak_anonymous_bytes": growth,
-        "mapped_bytes": touched,
-        "decode_gb_per_s": decode and decode * touched / 1e9,
-        "stream_read_gb_per_s": stream / 1e9,
-        "backend_nodes": model.backend_nodes,
-        "threads": threads,
-        "plan": model.plan.to_dict(),
-    }
-    if sustained_s:
-        report["sustained"] = [window for window in sustained(arms[0], sustained_s)]
-    return report
+def load_times(bundle: str, loading: dict, progress: Progress = silent) -> tuple[dict[str, float | None], str]:
+    """Medians of the seconds that `load` takes in a fresh process, imports not counted: {"cold", "warm"}, and why
+    there is no cold one ("" where there is). Cold means that no page of the bundle and of what was prepared from it is
+    cached; the kernel is asked afterwards whether that is so."""
+    files = _load(bundle, loading)["files"]  # this one prepares the weights where that is still to be done
+    found: dict[str, list[float]] = {"cold": [], "warm": []}
+    note = ""
+    for repetition in range(_LOADS):
+        progress(Event("load", repetition, _LOADS, "cold and warm", "times"))
+        stayed = [machine.drop_cached(path) for path in files]
+        size = sum(map(os.path.getsize, files))
+        if None in stayed:
+            note = "this system does not let a program empty its page cache, or does not tell"
+        elif (kept := sum(map(int, filter(None, stayed)))) > _STAYED * size:
+            note = f"{kept / 2**20:.1f} of {size / 2**20:.1f} MiB stayed in the page cache"
+        found["cold"].append(_load(bundle, loading)["seconds"])
+        found["warm"].append(_load(bundle, loading)["seconds"])
+    progress(Event("load", _LOADS, _LOADS, "", "times"))
+    return {"cold": None if note else statistics.median(found["cold"]), "warm": statistics.median(found["warm"])}, note
 
 
 _LOAD = """
 import json, sys, time
 from shoal.runtime.model import load
 started = time.perf_counter()
-load(sys.argv[1], **json.loads(sys.argv[2])).close()
-print(time.perf_counter() - started)
+with load(sys.argv[1], **json.loads(sys.argv[2])) as model:
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "files": sorted(set(model.parts.mapped.values()))}))
 """
+
+
+def _load(bundle: str, loading: dict) -> dict:
+    """Loads in a fresh process: seconds, and the files that were mapped."""
+    command = [sys.executable, "-P", "-c", _LOAD, bundle, json.dumps(loading)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        return json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        why = (done.stderr.strip().splitlines() or ["no reason"])[-1] if isinstance(error, ValueError) else str(error)
+        raise BackendError("The model does not load in a fresh process.", why[:400], "Run shoal doctor.") from None
+
+
+def measure_model(
+    bundle: str | Path, tests: Sequence[Test], *, repetitions: int = 5, threads: int = 0,
+    against: Sequence[Callable[..., Arm]] = (), sustained_s: float | None = None, progress: Progress = silent,
+    **loading: Any,
+) -> dict:  # fmt: skip
+    """The whole report of `shoal bench`, a value of JSON's types (docs/bench.md lists its keys).
+
+    `against` make further arms from threads= and context=; `loading` are memory, kv and chunk as `load` takes them.
+    Raises UsageError, BudgetError and what loading raises.
+    """
+    from shoal.runtime.model import load, plan
+
+    if not tests or repetitions < 1 or (sustained_s is not None and not 0 < sustained_s < math.inf):
+        raise UsageError("Nothing would be measured.", "No test, repetition or second is left.", "Ask for some.")
+    bundle, threads = str(bundle), threads or machine.threads()
+    card, recipe = _describe(bundle)
+    needed = max(test.context for test in tests)
+    if needed > card.max_context:
+        why = f"The tests need {needed} tokens, the model was trained for {card.max_context}."
+        raise UsageError("The tests do not fit the model's context.", why, "Ask for shorter lengths or depths.")
+    context = min(max(needed, 256), card.max_context)
+    loading = {**loading, "context": context}
+    plan(bundle, **loading)  # what cannot fit is refused before anything is started
+    loading["threads"] = threads
+    with contextlib.ExitStack() as stack:
+        # They are started first: a missing package is told now, not after minutes
+        others = [stack.enter_context(contextlib.closing(make(threads=threads, context=context))) for make in against]
+        load_s, note = load_times(bundle, loading, progress)
+        before = measure.anonymous_bytes()
+        # Sampling costs a little, so it goes around runs that are not counted
+        with measure.PeakAnonymous() as loading_peak:
+            model = load(bundle, progress=progress, **loading)
+            ours = stack.enter_context(contextlib.closing(ShoalArm(model)))
+        with measure.PeakAnonymous() as running_peak:
+            run([ours, *others], tests, 1, vocab=card.vocab, progress=progress, stage="warm up")
+        memory = {arm.name: arm.memory() for arm in (ours, *others)}
+        peaks = {
+            stage: None if peak.bytes is None or before is None else peak.bytes - before
+            for stage, peak in (("loading", loading_peak), ("running", running_peak))
+        }
+        stream = stack.enter_context(contextlib.closing(machine.Stream(_step_ranges(model), threads)))
+        results, streamed = run([ours, *others], tests, repetitions, vocab=card.vocab, stream=stream, progress=progress)
+        own = [result for result in results if result.arm == ours.name]
+        decode = next((result for result in own if result.test.kind == "tg"), None)
+        prefill = next((result for result in own if result.test.kind == "pp"), None)
+        firsts = [run.first_s for run in (prefill or own[0]).runs if run.first_s is not None]
+        report = {
+            "model": card.name, "recipe": recipe, "bundle": Path(bundle).name, "digest": model.bundle.digest,
+            **_versions(), "processor": machine.processor(), "threads": threads, "repetitions": repetitions,
+            "results": rows(results, stream.bytes, statistics.fmean(streamed) if streamed else None),
+            "prefill_tokens_per_s": prefill and prefill.mean, "decode_tokens_per_s": decode and decode.mean,
+            "time_to_first_token_s": statistics.fmean(firsts), "load_s": load_s, "load_note": note,
+            "peak_anonymous_bytes": max((held for held in peaks.values() if held is not None), default=None),
+            "peak_anonymous_of": peaks,
+            "planned_anonymous_bytes": model.plan.anonymous, "step_bytes": stream.bytes,
+            "decode_gb_per_s": decode and decode.mean * stream.bytes / 1e9,
+            "stream_read_gb_per_s": statistics.fmean(streamed) / 1e9 if streamed else None,
+            "backend_nodes": model.backend_nodes, "memory": memory,
+            "plan": model.plan.to_dict(),
+        }  # fmt: skip
+        if sustained_s:
+            report["sustained"] = windows = []
+            for window in sustained(ours, sustained_s, card.vocab, min(_WINDOW, context - 2)):
+                windows.append(window)
+                progress(Event("sustained", int(window["at_s"]), int(sustained_s), unit="s"))
+        return report
+
+
+def rows(results: Sequence[Result], step_bytes: int, streamed: float | None) -> list[dict]:
+    """The results as values. `ratio` is the first arm's mean over this arm's; GB/s and their share of the stream read
+    are of the first arm's tg tests, whose steps read `step_bytes` of weights."""
+    first = {result.test: result for result in reversed(results) if result.arm == results[0].arm}
+    found = []
+    for result in results:
+        mine = result is first[result.test]
+        rate = result.mean * step_bytes if mine and result.test.kind == "tg" else None
+        found.append({
+            "arm": result.arm, "test": str(result.test), "kind": result.test.kind, "tokens": result.test.tokens,
+            "depth": result.test.depth, "mean": result.mean, "deviation": result.deviation,
+            "speeds": [run.tokens_per_s for run in result.runs],
+            "ratio": None if mine else first[result.test].mean / result.mean,
+            "gb_per_s": rate and rate / 1e9, "of_stream_read": rate and streamed and rate / streamed,
+        })  # fmt: skip
+    return found
+
+
+def _describe(bundle: str):
+    """The card and the recipe's name. Raises UsageError for what does not generate."""
+    from shoal.runtime.bundle import Bundle
+    from shoal.runtime.card import Card
+
+    with Bundle.open(bundle) as opened:
+        card = Card.from_json(opened.bytes(opened.section("card")))
+        try:
+            name = json.loads(opened.bytes(opened.section("recipe")))["name"]
+        except (ShoalError, ValueError, LookupError, TypeError):  # it is for people only
+            name = "unknown recipe"
+    if card.task != "generate":
+        raise UsageError(
+            f"{card.name} cannot be measured.", "It embeds texts; bench generates.", "Name another bundle."
+        )
+    return card, name
+
+
+def _step_ranges(model) -> list[tuple[str, int, int]]:
+    """Where the weights lie that a decode step reads: what was prepared, else the bundle's own."""
+    if (prepared := model.parts.prepared) and prepared.repacked:
+        return [(str(prepared.path), 0, min(prepared.repacked, os.path.getsize(prepared.path)))]
+    weights = model.bundle.section("weights", "weights")
+    return [(str(model.bundle.path), weights.offset, weights.length)]
+
+
+def _memory(process: int) -> dict[str, int]:
+    try:
+        status = measure.parse_status(Path(f"/proc/{process}/status").read_text(errors="replace"))
+    except OSError:
+        return {}
+    return {"anonymous_bytes": status.get("RssAnon", 0), "mapped_bytes": status.get("RssFile", 0)}
+
+
+def _versions() -> dict[str, str]:
+    from shoal.runtime.session import versions
+
+    from . import __version__
+
+    return {"shoal": __version__, "onnxruntime": versions()["onnxruntime"]}

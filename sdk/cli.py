@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from . import __version__, commands
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal cannot show
     try:
         return _run(argv)
-    except SystemExit as stop:  # argparse has printed its message
+    except SystemExit as stop:  # --help and --version
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
         if debug:
@@ -48,8 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(error)
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses a command line as everything else is refused. Options are written in full, so a new one breaks none."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        from .runtime.errors import UsageError
+
+        why = f"{message[:1].upper()}{message[1:]}."
+        raise UsageError("The command line is not understood.", why, f"See {self.prog} --help.")
+
+
 def _run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="shoal", description="On-device inference: one mapped, verified file runs inside a memory budget."
     )
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
@@ -72,8 +86,7 @@ def _verb(name: str) -> ModuleType:
 
 
 def _add(subparsers, verb: ModuleType) -> None:
-    parser = subparsers.add_parser(verb.NAME, help=verb.HELP, description=verb.__doc__ or verb.HELP,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = subparsers.add_parser(verb.NAME, help=verb.HELP, description=verb.__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=verb.run)
     verb.add_arguments(parser)

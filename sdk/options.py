@@ -23,13 +23,9 @@ def add_loading(parser: argparse.ArgumentParser, slots: bool = True) -> None:
 
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `load` and `plan`."""
-    return {
-        "memory": arguments.memory,
-        "context": arguments.context,
-        "slots": getattr(arguments, "slots", 1),
-        "kv": arguments.kv,
-    }
+    """The keywords of `load` and `plan`; the verbs that only load have `threads` too."""
+    names = ("memory", "context", "slots", "kv", "threads")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +35,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How a token is chosen. The defaults are greedy: the same answer every time."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="the longest answer (default: 256)")
+    group.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="the longest answer (default: 256)")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default: 0)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest; 0 is all")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that hold P together")
@@ -49,12 +45,31 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 repeats less")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    group.add_argument(
+        "--overflow", choices=("refuse", "slide"), default="refuse", help="at the context's end (default: refuse)"
+    )
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `generate`."""
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return {name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)}
+    """The keywords of `generate`, checked before a model is loaded. Raises UsageError."""
+    from .runtime.language.sampling import Sampling
+    from .runtime.language.stop import StopStrings
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    StopStrings(arguments.stop)
+    return {
+        "max_tokens": arguments.max_tokens,
+        "sampling": Sampling(**{name: getattr(arguments, name) for name in names}),
+        "stop": arguments.stop,
+        "overflow": arguments.overflow,
+    }
+
+
+def _count(text: str) -> int:
+    count = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= count < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least 1")
+    return count
 
 
 def speeds(stats) -> str:

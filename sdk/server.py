@@ -425,7 +425,8 @@ def _generate(model: Any, options: Options, choice: int, name: str, **more: Any)
             logprobs=options.logprobs or 0, **more,
         )  # fmt: skip
     except ContextError as error:
-        raise RequestError(name, "context_length_exceeded", f"{error.what} {error.why}", error.fix) from None
+        why, fix = f"{error.what} {error.why}", "Shorten it or ask for fewer tokens."
+        raise RequestError(name, "context_length_exceeded", why, fix) from None
     except RequestError:
         raise
     except UsageError as error:

@@ -49,7 +49,7 @@ class Show:
             self._stdout.flush()
 
     def table(self, rows: Iterable[Sequence[object]], heading: Sequence[str] = ()) -> None:
-        """Columns as wide as their widest cell; a column whose cells below the heading are numbers is set right."""
+        """Columns as wide as their widest cell; one of numbers and gaps below its heading is set right."""
         if not self.as_json:
             for row in align(rows, heading):
                 self.line(row)
@@ -82,19 +82,23 @@ class Show:
     def _draw(self, event: Event) -> None:
         from tqdm import tqdm
 
-        if self._bar is None or event.stage != self._stage:
+        counted, in_bytes = event.total > 0, event.unit in BYTES
+        if self._bar is None or event.stage != self._stage or counted != bool(self._bar.total):
             self._close_bar()
             self._stage = event.stage
-            in_bytes = event.unit in BYTES
             self._bar = tqdm(
-                desc=event.stage, total=event.total or None, unit="B" if in_bytes else f" {event.unit or 'steps'}",
-                unit_scale=in_bytes, unit_divisor=1024, file=self._stderr, dynamic_ncols=True, smoothing=0.1,
+                desc=event.stage if counted else describe(event), total=event.total or None,
+                unit="B" if in_bytes else f" {event.unit or 'steps'}", unit_scale=in_bytes, unit_divisor=1024,
+                file=self._stderr, dynamic_ncols=True, smoothing=0.1,
+                leave=counted, bar_format=None if counted else "{desc}",  # without an end: a line while it lasts
             )  # fmt: skip
         bar = self._bar
-        if event.total and bar.total != event.total:
+        if counted:
             bar.total = event.total
-        bar.set_postfix_str(event.detail[-40:], refresh=False)
-        bar.update(event.done - bar.n)
+            bar.set_postfix_str(event.detail[-40:], refresh=False)
+            bar.update(event.done - bar.n)
+        else:
+            bar.set_description_str(describe(event))
 
     def _tell(self, event: Event) -> None:
         now, ends = time.monotonic(), 0 < event.total <= event.done
@@ -130,7 +134,8 @@ def align(rows: Iterable[Sequence[object]], heading: Sequence[str] = ()) -> list
     if not cells:
         return []
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    right = [all(cell[:1].isdigit() for cell in column) for column in zip(*body, strict=True)] or [False] * len(widths)
+    columns = zip(*body, strict=True) if body else [()] * len(widths)
+    right = [any(column) and all(cell[:1].isdigit() or not cell for cell in column) for column in columns]
     lines = []
     for row in cells:
         padded = [cell.rjust(w) if flag else cell.ljust(w) for cell, w, flag in zip(row, widths, right, strict=True)]

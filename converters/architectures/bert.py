@@ -39,10 +39,11 @@ def card(config, source: str) -> Card:
     return Card(
         name=config.text("name") or source, model_type=config.text("model_type"), task="embed",
         blocks=config.integer("num_hidden_layers", high=1024), hidden=hidden, heads=heads, kv_heads=heads,
-        head_dim=max(1, hidden // heads), ffn=config.integer("intermediate_size", high=1 << 20), vocab=config.integer("vocab_size"),
-        max_context=min(positions, limit), norm_eps=config.number("layer_norm_eps", 1e-12),
-        activation=activation or "gelu", attention_bias=True, attention_scale=max(1, hidden // heads) ** -0.5,
-        pad=pad[0] if pad else 0, pooling=pooling, normalize=config.flag("normalize"), source=source,
+        head_dim=max(1, hidden // heads), ffn=config.integer("intermediate_size", high=1 << 20),
+        vocab=config.integer("vocab_size"), max_context=min(positions, limit),
+        norm_eps=config.number("layer_norm_eps", 1e-12), activation=activation or "gelu", attention_bias=True,
+        attention_scale=max(1, hidden // heads) ** -0.5, pad=pad[0] if pad else 0, pooling=pooling,
+        normalize=config.flag("normalize"), source=source,
     )  # fmt: skip
 
 

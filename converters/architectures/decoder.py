@@ -67,15 +67,17 @@ def rms(step: Step, x: ir.Value, weight: ir.Value) -> ir.Value:
 
 
 def attention(
-    step: Step, x: ir.Value, prefix: str, block: int, norms: tuple[ir.Value, ir.Value] | None = None
+    step: Step, x: ir.Value, prefix: str, block: int, after: str, norms: tuple[ir.Value, ir.Value] | None = None
 ) -> ir.Value:
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions, over the cache of `block`.
 
-    Q, K and V are one product; with `norms` (Q's, K's) each head is normalised before it is rotated.
+    Q, K and V are one product; with `norms` (Q's, K's) each head is normalised before it is rotated. `after` names the
+    norm that x comes from.
     """
     g, card = step.g, step.card
     widths = [card.heads * card.head_dim, card.kv_heads * card.head_dim, card.kv_heads * card.head_dim]
-    qkv: list = [g.linear(tuple(f"{prefix}.{part}_proj" for part in "qkv"), x, bias=card.attention_bias), None, None]
+    names = tuple(f"{prefix}.{part}_proj" for part in "qkv")
+    qkv: list = [g.linear(names, x, bias=card.attention_bias, after=after), None, None]
     if norms:
         qkv = g.op("Split", qkv[0], g.constant(widths), outputs=3, axis=-1)
         for index in (0, 1):
@@ -99,16 +101,16 @@ def attention(
     return g.linear(f"{prefix}.o_proj", y)
 
 
-def feed_forward(step: Step, x: ir.Value, prefix: str) -> ir.Value:
-    """down(activation(gate(x)) * up(x)); gate and up are one product."""
+def feed_forward(step: Step, x: ir.Value, prefix: str, after: str) -> ir.Value:
+    """down(activation(gate(x)) * up(x)); gate and up are one product. `after` names the norm that x comes from."""
     g, card = step.g, step.card
-    both = g.linear((f"{prefix}.gate_proj", f"{prefix}.up_proj"), x)
+    both = g.linear((f"{prefix}.gate_proj", f"{prefix}.up_proj"), x, after=after)
     gate, up = g.op("Split", both, outputs=2, axis=-1, num_outputs=2)
     if card.activation == "silu":
         gate = g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x) in one operator
     else:
         gate = g.op("Gelu", gate, approximate="tanh" if card.activation == "gelu_tanh" else "none")
-    return g.linear(f"{prefix}.down_proj", g.op("Mul", gate, up))
+    return g.linear(f"{prefix}.down_proj", g.op("Mul", gate, up), after=f"{prefix}.up_proj")
 
 
 def end(step: Step, blocks: range, weight, head: str) -> None:
@@ -174,9 +176,10 @@ def decoder_card(config, source: str, *, activation: str | None = None, **overri
     pad = config.ids("pad_token_id")
     values = dict(
         name=config.text("name") or source, model_type=config.text("model_type"), task="generate", blocks=blocks,
-        hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=config.integer("intermediate_size", high=1 << 20),
-        vocab=config.integer("vocab_size"), max_context=context, norm_eps=config.number("rms_norm_eps", 1e-6),
-        activation=chosen or "silu", tied=config.flag("tie_word_embeddings"), attention_scale=head_dim**-0.5,
+        hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        ffn=config.integer("intermediate_size", high=1 << 20), vocab=config.integer("vocab_size"),
+        max_context=context, norm_eps=config.number("rms_norm_eps", 1e-6), activation=chosen or "silu",
+        tied=config.flag("tie_word_embeddings"), attention_scale=head_dim**-0.5,
         rope_of=(0,) * blocks, windows=(0,) * blocks, bos=bos[0] if bos else -1, eos=config.ids("eos_token_id"),
         pad=pad[0] if pad else -1, add_bos=config.flag("add_bos_token"), source=source,
     )  # fmt: skip

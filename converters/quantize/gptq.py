@@ -1,9 +1,9 @@
 """GPTQ: the rounding errors of some inputs are made up for by those still to be rounded (Frantar et al. 2022).
 
-It minimises ||(W - Q) X||^2 over the calibration inputs X, of which it needs the second moments H alone. The form is the
-equivalent one of Chen et al. 2025 ("The geometry of LLM quantization"): with H = R^T R, R upper triangular, the loss is
-||R (w - q)||^2, and from the last input to the first each is rounded to nearest after the errors of those behind it are
-carried over: w_j + sum_k>j R_jk / R_jj (w_k - q_k). One Cholesky factor does it, without an inverse.
+It minimises ||(W - Q) X||^2 over the calibration inputs X, of which it needs the second moments H alone. The form is
+the equivalent one of Chen et al. 2025 ("The geometry of LLM quantization"): with H = R^T R, R upper triangular, the
+loss is ||R (w - q)||^2, and from the last input to the first each is rounded to nearest after the errors of those
+behind it are carried over: w_j + sum_k>j R_jk / R_jj (w_k - q_k). One Cholesky factor does it, without an inverse.
 
 A group's scale and zero point are chosen when the group is reached, for the weights as carried, by a search in which
 input j weighs R_jj^2, its own share of the loss. It knows nothing about models, files or where H comes from.
@@ -83,7 +83,7 @@ def search(values: np.ndarray, shares: np.ndarray, format: Format) -> tuple[np.n
         np.rint(codes, out=codes)
         np.clip(codes, 0, top, out=codes)
         codes -= zero
-        # The loss with scale s is |w|^2 - 2 s <w, c> + s^2 |c|^2: the best s is <w, c> / |c|^2 and gains <w, c>^2 / |c|^2
+        # The loss with scale s is |w|^2 - 2 s <w, c> + s^2 |c|^2: best is s = <w, c> / |c|^2, a gain of s <w, c>
         product = np.einsum("gn,gn->n", weighted, codes)
         square = np.einsum("g,gn,gn->n", shares, codes, codes)
         fitted = product / np.where(square > 0, square, 1)

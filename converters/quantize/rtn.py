@@ -51,7 +51,7 @@ def grid(groups: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray]:
         scales = -extreme / middle
         return _nonzero(scales), np.full(scales.shape, middle, np.uint8)
     low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
-    scales = _nonzero((high - low) / top)
+    scales = _nonzero(high / top - low / top)  # high - low may be infinite
     return scales, np.clip(np.rint(-low / scales), 0, top).astype(np.uint8)
 
 

@@ -1,9 +1,9 @@
 """Writes a bundle so that its name never leads to half of one.
 
 The bytes go to `.NAME.XXXXXXXX.partial` beside the target, are flushed to the disk and then renamed, so a crash leaves
-the old file, the new file, or a partial one that the next `create` of the same target removes: the writer holds a lock
-on it for as long as it lives. The same sections in the same order give the same bytes. It knows nothing about what is
-inside a section.
+the old file, the new file, or a partial one that the next `create` of the same target removes, with the scratch folder
+of its name: the writer holds a lock on it for as long as it lives. The same sections in the same order give the same
+bytes. It knows nothing about what is inside a section.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -54,10 +55,11 @@ def create(path: str | os.PathLike, overwrite: bool = False) -> Iterator["Writer
 
 
 class SectionWriter:
-    """The section that is being written: give it the bytes in order."""
+    """The section that is being written: give it the bytes in order. It begins at `offset` of the writer's file."""
 
     def __init__(self, writer: "Writer"):
         self._writer, self._length, self._sha256 = writer, 0, hashlib.sha256()
+        self.offset = writer._end
 
     def write(self, buffer) -> None:
         """Appends a contiguous buffer (bytes, memoryview, C-ordered array). Raises StorageError when it cannot."""
@@ -128,6 +130,20 @@ class Writer:
             section.write(data)
         return self._sections[-1]
 
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder beside the target for files that are needed on the way; it goes when the block ends.
+
+        What the system refuses meanwhile leaves as StorageError.
+        """
+        folder = _scratch(self.path)
+        with _storage(self._target):
+            folder.mkdir(mode=0o700)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def graph(self, graph: Graph) -> None:
         """Records a graph; its section may be written before or after."""
         if problem := graph.problem():
@@ -178,9 +194,10 @@ class Writer:
         return UsageError(f"The bundle {self._target} cannot be written.", why, "Correct what writes it.")
 
     def _close(self) -> None:
-        """Removes the partial file if it still has that name, then lets go of its lock."""
+        """Removes the scratch folder and the partial file if it still has that name, then lets go of its lock."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
+            shutil.rmtree(_scratch(self.path), ignore_errors=True)
             with suppress(OSError):
                 os.unlink(self.path)
             with suppress(OSError):
@@ -259,6 +276,11 @@ def _reserve(target: Path) -> tuple[int, Path]:
         os.close(fd)  # a `_remove_stale` came between and has removed it
 
 
+def _scratch(partial: Path) -> Path:
+    """The folder that belongs to a partial file, and is protected by its lock."""
+    return partial.with_suffix(".scratch")
+
+
 def _remove_stale(target: Path) -> None:
     """Removes the partial files of this target that nobody has locked: their writers are dead."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.partial")
@@ -268,6 +290,7 @@ def _remove_stale(target: Path) -> None:
             fd = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(_scratch(partial), ignore_errors=True)
                 os.unlink(partial)
             finally:
                 os.close(fd)
@@ -319,6 +342,8 @@ def _storage(target: Path) -> Iterator[None]:
     """Makes a StorageError, with what can be done about it, of what the system refuses."""
     try:
         yield
+    except BrokenPipeError:  # not of a file: whoever a caller reports to has left
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             fix = f"Free some space in {target.parent}, or write to another disk."

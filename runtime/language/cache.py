@@ -12,7 +12,7 @@ import numpy as np
 from ..card import Card
 from ..errors import BudgetError
 
-DTYPES = {"fp32": np.dtype(np.float32), "int8": np.dtype(np.int8)}
+DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "int8": np.dtype(np.int8)}
 
 
 def cache_bytes(card: Card, context: int, slots: int, kind: str) -> int:
@@ -39,22 +39,31 @@ class Cache:
         return [(array.ctypes.data, array.nbytes) for pair in self.arrays for array in pair]
 
     def resize(self, context: int) -> None:
-        """Changes the length of every row, one block at a time; what rows hold below `context` is kept."""
-        keep = min(self.context, context)
-        for block in range(self.card.blocks):
-            old = self.arrays[block] if self.arrays and block < len(self.arrays) else None
-            new = (self._buffer(context), self._buffer(context))
-            if old is None:
-                self.arrays.append(new)
-                continue
-            for slot, tokens in enumerate(self.held):
-                used = min(keep, len(tokens))
-                for source, target in zip(old, new, strict=True):
-                    target[slot, :, :used] = source[slot, :, :used]
-            self.arrays[block] = new
+        """Changes the length of every row, one block at a time; what rows hold below `context` is kept.
+
+        Raises BudgetError, and leaves every block as long as it was, where the system has no memory.
+        """
+        if not self.arrays:
+            self.arrays = [(self._buffer(context), self._buffer(context)) for _ in range(self.card.blocks)]
+        else:
+            try:
+                for block in range(self.card.blocks):
+                    self._change(block, context)
+            except BudgetError:
+                for changed in range(block):
+                    self._change(changed, self.context)
+                raise
         self.context = context
         for tokens in self.held:
             del tokens[context:]
+
+    def _change(self, block: int, context: int) -> None:
+        old, new = self.arrays[block], (self._buffer(context), self._buffer(context))
+        for slot, tokens in enumerate(self.held):
+            used = min(len(tokens), context, old[0].shape[2])
+            for source, target in zip(old, new, strict=True):
+                target[slot, :, :used] = source[slot, :, :used]
+        self.arrays[block] = new
 
     def swap(self, a: int, b: int) -> None:
         """Exchanges two rows, so that the rows that decode together lie next to each other."""
@@ -80,15 +89,14 @@ class Cache:
         shape = (self.slots, self.card.kv_heads, context, self.card.head_dim)
         size = int(np.prod(shape)) * dtype.itemsize
         try:
-            region = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+            region = mmap.mmap(-1, max(size, 1), flags=flags)
         except (OSError, ValueError, OverflowError) as error:
-            raise BudgetError(
-                f"The key-value cache for {context} tokens cannot be allocated.",
-                str(error),
-                "Ask for a shorter context.",
-            ) from None
+            what = f"The key-value cache for {context} tokens cannot be allocated."
+            raise BudgetError(what, str(error), "Ask for a shorter context.") from None
         array = np.frombuffer(region, dtype, count=size // dtype.itemsize).reshape(shape)
-        array[...] = 0
+        if not hasattr(mmap, "MAP_POPULATE"):
+            array[...] = 0
         return array
 
 

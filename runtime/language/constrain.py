@@ -15,8 +15,9 @@ from ..errors import MissingPackageError, UsageError
 from .tokens import Tokenizer
 
 _LONGEST = 1 << 20  # characters of a grammar
-# White space between JSON's parts is allowed but bounded: a small model could go on with it for ever
-_JSON: Any = {"whitespace_pattern": r"[ \t\n\r]{0,40}"}
+# Between JSON's parts a space, or a line break and what indents the next line: as people print it. Left free, a small
+# model spends its tokens on empty lines and answers worse, or goes on with them for ever
+_JSON: Any = {"whitespace_pattern": r" |\n {0,24}|\n\t{0,12}"}
 
 
 class Constraint:
@@ -39,24 +40,28 @@ class Constraint:
     def mask(self, logits: np.ndarray) -> None:
         """Sets the logits [vocab] of tokens that the grammar does not allow next to minus infinity, in place.
 
-        The tokens that end an answer are allowed where it may end. Raises UsageError where the grammar proves too
-        complex to follow.
+        The tokens that end an answer are allowed where it may end. Raises UsageError where `logits` is of another
+        shape and where the grammar proves too complex to follow.
         """
         if logits.shape != (self._vocab,):
             raise UsageError(
                 "The constraint does not fit the logits.", f"They are {logits.shape}.", f"Give {self._vocab}."
             )
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if self._matcher.is_error():
-            why = _first_line(self._matcher.get_error())
-            raise UsageError("The constraint cannot be followed.", why, "Make the grammar simpler.")
+        self._allow()
         allowed = np.unpackbits(self._bits.view(np.uint8), count=self._vocab, bitorder="little")
         np.copyto(logits, -np.inf, where=allowed == 0)
+
+    def _allow(self) -> None:
+        """Finds the tokens that may come next, a bit each."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        if self._matcher.is_error():
+            why = f"It leads nowhere or is too complex ({_reason(self._matcher.get_error())})."
+            raise UsageError("The grammar cannot be followed.", why, "Correct or simplify it.")
 
     def accept(self, token: int) -> None:
         """Takes the token that was chosen. Raises UsageError for one that the grammar does not allow."""
         if not self._matcher.consume_token(token):
-            why = _first_line(self._matcher.get_error())
+            why = _reason(self._matcher.get_error())
             raise UsageError(f"Token {token} does not fit the constraint.", why, "Mask the logits before choosing.")
 
 
@@ -99,19 +104,23 @@ class Constrainer:
             why = f"Given are {', '.join(given) or 'none'}."
             raise UsageError("A constraint is of one kind.", why, "Give json_schema, regex, lark or json_object.")
         matcher = self._package.LLMatcher
-        if regex is not None:
-            grammar = matcher.grammar_from_regex(_checked("regex", regex))
-        elif lark is not None:
-            grammar = matcher.grammar_from_lark(_checked("lark", lark))
-        else:
-            schema = {"type": "object"} if json_schema is None else _schema(json_schema)
-            grammar = matcher.grammar_from_json_schema(schema, defaults=_JSON)
+        what = f"The {given[0]} cannot be used."
+        try:
+            if regex is not None:
+                grammar = matcher.grammar_from_regex(_checked("regex", regex))
+            elif lark is not None:
+                grammar = matcher.grammar_from_lark(_checked("lark", lark))
+            else:
+                schema = '{"type": "object"}' if json_schema is None else _schema(json_schema)
+                grammar = matcher.grammar_from_json_schema(schema, defaults=_JSON)
+        except ValueError as error:  # nested deeper than the package's own reader goes
+            raise UsageError(what, _reason(str(error)), "Simplify it.") from None
         made = matcher(self._tokens, grammar, log_level=0, limits=self._package.LLParserLimits(verbose_errors=False))
         if made.is_error():
-            raise UsageError(
-                f"The {given[0]} cannot be used.", _first_line(made.get_error()), "Correct or simplify it."
-            )
-        return Constraint(made, self._vocab)
+            raise UsageError(what, _reason(made.get_error()), "Correct or simplify it.")
+        constraint = Constraint(made, self._vocab)
+        constraint._allow()  # what leads nowhere (a schema that is its own $ref) is found here, not at the first token
+        return constraint
 
 
 class _Vocabulary:
@@ -144,5 +153,5 @@ def _checked(name: str, text: object) -> str:
     return text
 
 
-def _first_line(message: str) -> str:
-    return (message.strip().splitlines() or ["no reason is known"])[0][:300]
+def _reason(message: str) -> str:
+    return " ".join(message.split())[:300] or "no reason is known"

@@ -14,7 +14,6 @@ from ..errors import BackendError
 from ..session import Session
 from .cache import Cache
 
-RELEASED = 32  # tokens after which the rows of the embedding are let go
 _KEPT = 8  # shapes whose bindings stay: decode batches and the full chunk
 
 
@@ -23,15 +22,15 @@ class Decoder:
 
     def __init__(self, graph: Session, card: Card, cache: Cache, chunk: int):
         self.graph, self.card, self.cache, self.chunk = graph, card, cache, chunk
-        self._gathered = 0
         self._bound: OrderedDict[tuple, _Bound] = OrderedDict()
         self.tables = [rotary(rope, cache.context) for rope in card.ropes]
+        self.logits = np.zeros((cache.slots, card.vocab), np.float32)
 
     def forward(self, slot: int, tokens: np.ndarray, starts: list[int], rows: list[int]) -> np.ndarray:
         """Runs tokens int64 [batch, n], row b of them at positions starts[b].. of slot + b.
 
-        Returns fp32 logits [len(rows), vocab] of the chosen flattened positions; the array is written anew by the next
-        call of the same shape. Raises BackendError where the model gives what is not a number.
+        Returns fp32 logits [len(rows), vocab] of the chosen flattened positions; the next call writes over them.
+        Raises BackendError where the model gives what is not a number.
         """
         batch, count = tokens.shape
         key = (slot, batch, count, len(rows))
@@ -46,10 +45,6 @@ class Decoder:
         bound.last[...] = [start + count - 1 for start in starts]
         bound.total[0] = max(starts) + count
         bound.binding.run()
-        self._gathered += tokens.size
-        if self._gathered >= RELEASED:  # what past tokens touched of the embedding would else pile up
-            self.graph.release()
-            self._gathered = 0
         if rows and not np.isfinite(bound.logits[:, 0]).all():
             raise BackendError(
                 "The model gave logits that are not numbers.", "An activation overflowed or a weight is damaged.",
@@ -76,7 +71,9 @@ class _Bound:
         self.rows = np.zeros(rows, np.int64)
         self.last = np.zeros(batch, np.int32)
         self.total = np.zeros(1, np.int32)
-        self.logits = np.zeros((rows, decoder.card.vocab), np.float32)
+        # One buffer for every shape; only who measures a model wants more rows than there are slots
+        shared = rows <= len(decoder.logits)
+        self.logits = decoder.logits[:rows] if shared else np.zeros((rows, decoder.card.vocab), np.float32)
         self.binding = binding = decoder.graph.bind()
         for name, array in (("tokens", self.tokens), ("rows", self.rows), ("last", self.last), ("total", self.total)):
             binding.input(name, array)

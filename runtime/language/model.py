@@ -47,7 +47,8 @@ class LanguageModel(Loaded):
         where the model has one, unless `raw`. `max_tokens` None means until the model ends or the context is full.
         `overflow` is "refuse" or "slide" (drop the oldest tokens, keep the first four). `logprobs` n gives the n
         likeliest ids of each step. `constraint` comes from `model.constrain`. `timeout` in seconds bounds the whole
-        answer. `ignore_end` goes on past the model's end token (benchmarks). `options` are Sampling's fields. Raises UsageError, ContextError, BusyError.
+        answer. `ignore_end` goes on past the model's end token (benchmarks). `options` are Sampling's fields.
+        Raises UsageError, ContextError, BusyError.
         """
         if sampling is not None and options:
             raise UsageError("sampling and single options were both given.", "They overlap.", "Give one of them.")
@@ -63,7 +64,8 @@ class LanguageModel(Loaded):
         request = Request(
             ids=self.prompt_ids(prompt, tools=tools, raw=raw), max_tokens=max_tokens, sampler=Sampler(sampling),
             detokenizer=self.tokenizer.stream(), stop=StopStrings((stop,) if isinstance(stop, str) else tuple(stop)),
-            ends=frozenset() if ignore_end else frozenset(self.card.eos), slide=overflow == "slide", top=logprobs, constraint=constraint,
+            ends=frozenset(() if ignore_end else self.card.eos), slide=overflow == "slide", top=logprobs,
+            constraint=constraint,
         )  # fmt: skip
         self.scheduler.submit(request)
         return Generation(self.scheduler, request, timeout)
@@ -144,15 +146,16 @@ class LanguageModel(Loaded):
 
         Raises BudgetError, and changes nothing, where live answers need more than would remain.
         """
-        return self._resize(memory=parse_size(memory))
+        return self._resize(memory=parse_size(memory), context=None)
 
     def set_context(self, context: int) -> Plan:
         """Like set_memory, by the length of the context."""
-        return self._resize(context=context)
+        return self._resize(memory=self.plan.memory, context=context)
 
     def _resize(self, **wanted) -> Plan:
         def work() -> Plan:
-            plan = self._replan(**wanted)
+            # The engine keeps what a chunk took, so its length stays
+            plan = self._replan(**wanted, chunk=self.plan.chunk, loaded=True)
             longest = self.scheduler.longest()
             if plan.context <= longest:
                 error = BudgetError(
@@ -167,7 +170,6 @@ class LanguageModel(Loaded):
                 after = measure.anonymous_bytes()
                 if self.parts.base is not None and before is not None and after is not None:
                     self.parts.base += after - before
-            self.scheduler.decoder.chunk = plan.chunk
             self.plan = plan
             return plan
 
@@ -239,6 +241,9 @@ class Generation(Iterator[Token]):
         self._scheduler.release_cancelled()
 
     close = cancel
+
+    def __del__(self) -> None:
+        self._request.cancelled = True  # nobody can take its tokens any more; the next step frees its slot
 
     def __enter__(self) -> "Generation":
         return self

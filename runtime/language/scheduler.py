@@ -160,10 +160,12 @@ class Scheduler:
             self._release()
 
     def close(self) -> None:
-        """Ends every request as cancelled; later ones are refused."""
+        """Ends every request: whoever still takes its tokens gets a BackendError, and later ones are refused."""
         with self._turn:
             self._closed = True
             for request in (*self._waiting, *self._active):
+                if not request.done:
+                    request.error = BackendError("The model is closed.", "close() was called.", "Load it again.")
                 request.cancelled = True
         self.exclusively(self._sweep)
 

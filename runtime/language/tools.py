@@ -9,6 +9,7 @@ an answer nothing but calls. It knows nothing about templates, tokens or models.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from .stop import overlap
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _SPACE = " \t\r\n"
+# What may yet become an answer of nothing but calls: JSON, bare or in a code fence, or the beginning of that
+_BARE = re.compile(r"\s*(?:`{0,2}|(?:```(?:j|js|jso|json)?\s*)?(?:[\[{].*)?)", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?\s*([\[{].*?)\s*(?:```)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class ToolCallParser:
     """Splits an answer that comes in pieces into text and calls; the outcome does not depend on where they are cut.
 
     `names` are the tools there are; a call of another, or one that is not JSON, is text. Between the tags may be a list
-    of calls. An answer that begins with a brace or a bracket is held to its end: small models leave the tags out.
+    of calls. An answer that begins as JSON, bare or in a code fence, is held to its end: small models leave the tags
+    out, and those trained on code write a fence instead.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -56,7 +61,7 @@ class ToolCallParser:
 
     def _advance(self, final: bool) -> tuple[str, list[ToolCall]]:
         shown, calls = "", []
-        while self._begun or self._held.lstrip(_SPACE)[:1] not in ("", "{", "["):
+        while self._begun or not _BARE.fullmatch(self._held):
             self._begun = True
             start = self._held.find(OPEN)
             if start < 0:
@@ -77,27 +82,38 @@ class ToolCallParser:
     def _enclosed(self, final: bool) -> tuple[int, list[ToolCall]] | None:
         """Where the enclosed part that `_held` begins with ends, and its calls; None while that is open."""
         body = self._held[len(OPEN) :]
-        if CLOSE not in body and not final:
+        stop = first = body.find(CLOSE)
+        while stop >= 0:
+            end = len(OPEN) + stop + len(CLOSE)
+            try:
+                return end, self._made(json.loads(body[:stop]))
+            except (ValueError, RecursionError) as error:
+                if not str(error).startswith("Unterminated string"):
+                    return end, []
+            stop = body.find(CLOSE, stop + 1)  # that closing tag was in a string
+        if not final:
             return None
-        begin = len(body) - len(body.lstrip(_SPACE))
         try:
-            value, stop = _DECODER.raw_decode(body, begin)
-        except (ValueError, RecursionError) as error:
-            if not final and str(error).startswith("Unterminated string"):
-                return None  # that closing tag was in a string
-            value, stop = None, body.find(CLOSE)
-            return len(OPEN) + (stop + len(CLOSE) if stop >= 0 else 0), []
-        rest = body[stop:].lstrip(_SPACE)
-        end = len(self._held) - len(rest)
-        if rest.startswith(CLOSE):
-            return end + len(CLOSE), self._made(value)
-        return (end, self._made(value)) if final else (len(OPEN) + body.find(CLOSE) + len(CLOSE), [])
+            value, end = _DECODER.raw_decode(body, len(body) - len(body.lstrip(_SPACE)))
+        except (ValueError, RecursionError):
+            return len(OPEN) + (first + len(CLOSE) if first >= 0 else 0), []
+        return len(OPEN) + end, self._made(value)
 
     def _calls(self, text: str) -> list[ToolCall]:
-        try:
-            return self._made(json.loads(text))
-        except (ValueError, RecursionError):
-            return []
+        """The calls that a whole answer is, one JSON value after the other; none where anything else is in it."""
+        rest, calls = text.strip(_SPACE), []
+        if fenced := _FENCED.fullmatch(rest):
+            rest = fenced[1]
+        while rest:
+            try:
+                value, stop = _DECODER.raw_decode(rest)
+            except (ValueError, RecursionError):
+                return []
+            if not (made := self._made(value)):
+                return []
+            calls += made
+            rest = rest[stop:].lstrip(_SPACE)
+        return calls
 
     def _made(self, value: Any) -> list[ToolCall]:
         """The calls that a JSON value is; none where any part of it is something else."""
@@ -124,6 +140,8 @@ class ToolCallParser:
 
 
 _DECODER = json.JSONDecoder()
+# The white space that json.dumps prints, and models are trained on
+_PRINTED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def call_schema(tools: Sequence[dict], name: str | None = None) -> dict[str, Any]:
@@ -150,7 +168,8 @@ def call_schema(tools: Sequence[dict], name: str | None = None) -> dict[str, Any
 
 def call_grammar(tools: Sequence[dict], name: str | None = None, parallel: bool = False) -> str:
     """A Lark grammar of a call within its tags, or with `parallel` of one or more."""
-    one = f'one: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {json.dumps(call_schema(tools, name))}\n'
+    schema = json.dumps(call_schema(tools, name) | {"x-guidance": _PRINTED})
+    one = f'one: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {schema}\n'
     return ('start: one ("\\n" one)*\n' if parallel else "start: one\n") + one
 
 

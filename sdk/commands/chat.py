@@ -22,31 +22,38 @@ def run(arguments: argparse.Namespace, show) -> int:
     from shoal.runtime.errors import UsageError
     from shoal.runtime.model import load
 
-    keywords = options.loading(arguments) | {"threads": arguments.threads}
-    with load(arguments.bundle, progress=show.progress, **keywords) as model:
+    keywords = options.sampling(arguments)
+    with load(arguments.bundle, progress=show.progress, **options.loading(arguments)) as model:
         if model.card.task != "generate":
             raise UsageError(f"{model.card.name} cannot chat.", "It embeds texts.", "Use: shoal run BUNDLE TEXT.")
-        show.note(f"{model.card.name}, context {model.plan.context} tokens. {_HELP}")
-        _converse(model, arguments, show)
+        show.note(f"{model.card.name}, context {model.plan.context} tokens\n{_HELP}")
+        _converse(model, arguments.system, keywords, show)
     return 0
 
 
-def _converse(model, arguments: argparse.Namespace, show) -> None:
+def _converse(model, system: str | None, keywords: dict, show) -> None:
     import contextlib
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  importing it gives input() line editing and history
     from shoal.runtime.errors import ShoalError
 
-    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
     while True:
         try:
-            line = _read()
+            line = input("> " if sys.stdin.isatty() else "").strip()
         except KeyboardInterrupt:
             show.line()
             continue
-        if line is None or line == "/exit":
+        except EOFError:
+            if sys.stdin.isatty():
+                show.line()
+            return
+        except UnicodeDecodeError:
+            show.note("That line is not UTF-8 text.")
+            continue
+        if line == "/exit":
             return
         if line == "/reset":
             messages = list(opening)
@@ -55,27 +62,21 @@ def _converse(model, arguments: argparse.Namespace, show) -> None:
             show.note(_HELP)
         elif line:
             try:
-                messages = _turn(model, [*messages, {"role": "user", "content": line}], arguments, show)
+                messages = _turn(model, [*messages, {"role": "user", "content": line}], keywords, show)
             except ShoalError as error:
                 show.error(error)
 
 
-def _turn(model, messages: list[dict], arguments: argparse.Namespace, show) -> list[dict]:
+def _turn(model, messages: list[dict], keywords: dict, show) -> list[dict]:
     """Shows one answer and returns the conversation with it. An answer that was stopped stays, as far as it came."""
     prompt: str | list[dict] = messages if model.chat_template else messages[-1]["content"]
-    with model.generate(prompt, **options.sampling(arguments)) as answer:
+    with model.generate(prompt, **keywords) as answer:
         try:
             for token in answer:
                 show.text(token.text)
         except KeyboardInterrupt:
             answer.cancel()
         show.line()
+        if answer.stats.finish == "length":
+            show.note(f"(cut after {answer.stats.generated_tokens} tokens)")
         return [*messages, {"role": "assistant", "content": answer.text}]
-
-
-def _read() -> str | None:
-    """A line from a person, without its end; None at the end of input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None

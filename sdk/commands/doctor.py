@@ -120,16 +120,13 @@ def cache() -> list[Check]:
     """The folder of what was prepared for this device, and the disk under it."""
     import os
     import shutil
-    from pathlib import Path
+
+    from shoal.runtime.device_cache import SUFFIX, cache_folder
 
     from ..show import size
 
-    # Not imported here: it loads the engine, which may be what is broken
-    name, failure = try_python("from shoal.runtime.prepack import cache_folder; print(cache_folder())")
-    if failure:
-        return [Check("cache", "warn", failure, "See what is wrong with the engine.")]
-    folder = Path(name)
-    files = list(folder.glob("*.prepack"))
+    folder = cache_folder()
+    files = list(folder.glob("*" + SUFFIX))
     state = f"{folder}: {size(sum(path.stat().st_size for path in files))} in {len(files)} files"
     there = next(path for path in (folder, *folder.parents) if path.exists())
     usage = shutil.disk_usage(there)

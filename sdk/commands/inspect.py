@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 
 from .. import options
 
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace, show) -> int:
     if found["graphs"]:
         show.line()
         show.table(
-            [(g["name"], g["role"], g["backend"], g["chunk"] or "any", f"{g['first_block']} to {g['last_block']}")
+            [(g["name"], g["role"], g["backend"], g["chunk"] or "any",
+              f"{g['first_block']} to {g['last_block'] - 1}" if g["first_block"] < g["last_block"] else "none")
              for g in found["graphs"]],
             heading=("graph", "role", "backend", "chunk", "blocks"),
         )  # fmt: skip
@@ -56,20 +58,36 @@ def run(arguments: argparse.Namespace, show) -> int:
 
 
 def describe(bundle) -> dict:
-    """An open bundle as one JSON value."""
+    """An open bundle as one JSON value. Raises BundleError for a card, a recipe or figures that are none."""
+    from shoal.converters.report import parity_from_json
+    from shoal.runtime.card import Card
+    from shoal.runtime.errors import BundleError
 
-    def content(kind: str):
+    def content(kind: str, read):
         section = bundle.find(kind)
-        return json.loads(bundle.bytes(section)) if section else None
+        return read(bundle.bytes(section)) if section else None
+
+    def figures(data: bytes) -> dict:
+        return {name: found and found.to_dict() for name, found in parity_from_json(data).items()}
+
+    def recipe(data: bytes) -> dict:
+        try:
+            found = json.loads(data)
+            recipe_rows(found)
+            return found
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise BundleError(
+                "The bundle's recipe cannot be shown.", "It is not a recipe.", "Convert the checkpoint again."
+            ) from None
 
     return {
         "path": str(bundle.path),
         "bytes": bundle.path.stat().st_size,
         "format": ".".join(map(str, bundle.version)),
         "digest": bundle.digest,
-        "card": content("card"),
-        "recipe": content("recipe"),
-        "parity": content("parity"),
+        "card": content("card", lambda data: asdict(Card.from_json(data))),
+        "recipe": content("recipe", recipe),
+        "parity": content("parity", figures),
         "sections": [
             {"kind": s.kind, "name": s.name, "offset": s.offset, "bytes": s.length, "alignment": s.alignment,
              "required": s.required, "sha256": s.sha256.hex()} for s in bundle.sections

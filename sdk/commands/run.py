@@ -14,7 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text (default: standard input)")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument("--overflow", choices=("refuse", "slide"), default="refuse", help="at the context's end")
     options.add_sampling(parser)
     options.add_loading(parser, slots=False)
     options.add_threads(parser)
@@ -25,23 +24,36 @@ def run(arguments: argparse.Namespace, show) -> int:
     from shoal.runtime.errors import UsageError
     from shoal.runtime.model import load
 
-    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    prompt = _read(show) if arguments.prompt is None else arguments.prompt
     if not prompt:
         raise UsageError("There is no prompt.", "The text is empty.", 'Write it last: shoal run BUNDLE "Hello".')
-    keywords = options.loading(arguments) | {"threads": arguments.threads}
-    with load(arguments.bundle, progress=show.progress, **keywords) as model:
+    if arguments.raw and arguments.system is not None:
+        raise UsageError("--raw and --system were both given.", "Raw text has no system message.", "Give one of them.")
+    keywords = options.sampling(arguments) | {"raw": arguments.raw}
+    with load(arguments.bundle, progress=show.progress, **options.loading(arguments)) as model:
         if model.card.task == "embed":
             return _embed(model, prompt, show)
-        return _answer(model, prompt, arguments, show)
+        if arguments.system is None:
+            return _answer(model, prompt, keywords, show)
+        messages = [{"role": "system", "content": arguments.system}, {"role": "user", "content": prompt}]
+        return _answer(model, messages, keywords, show)
 
 
-def _answer(model, prompt: str, arguments: argparse.Namespace, show) -> int:
-    content: str | list[dict] = prompt
-    if arguments.system:
-        content = [{"role": "system", "content": arguments.system}, {"role": "user", "content": prompt}]
-    keywords = options.sampling(arguments) | {"overflow": arguments.overflow, "raw": arguments.raw}
+def _read(show) -> str:
+    """Standard input without the line break that ends it, as a shell's $(…) takes it."""
+    from shoal.runtime.errors import UsageError
+
+    if sys.stdin.isatty():
+        show.note("Write the prompt; Ctrl-D on an empty line ends it.")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError("The prompt cannot be read.", f"It is not text: {error}.", "Give UTF-8.") from None
+
+
+def _answer(model, prompt: str | list[dict], keywords: dict, show) -> int:
     ids = []
-    with model.generate(content, **keywords) as answer:
+    with model.generate(prompt, **keywords) as answer:
         for token in answer:
             ids.append(token.id)
             show.text(token.text)

@@ -103,8 +103,7 @@ def _loading(bundle: str, arguments: argparse.Namespace) -> dict[str, Any]:
         card = Card.from_json(opened.bytes(opened.section("card")))
     if card.task == "embed":
         return {"memory": arguments.memory, "threads": arguments.threads}
-    queue = arguments.queue + arguments.slots
-    return options.loading(arguments) | {"threads": arguments.threads, "queue": queue}
+    return options.loading(arguments) | {"queue": arguments.queue + arguments.slots}
 
 
 def _key(arguments: argparse.Namespace, show) -> str:

@@ -1,6 +1,8 @@
 """What happens on the way into `.venv` when things are not as they should be: sentences, and nothing half done."""
 
 import json
+import os
+import pty
 
 import pytest
 
@@ -73,3 +75,14 @@ def test_an_old_python_is_told_which_is_needed(checkout, commands, monkeypatch):
     with pytest.raises(environment.SetupError, match="3.11"):
         environment.prepare("convert")
     assert commands == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
+def test_a_line_on_a_terminal_that_does_not_know_its_width(monkeypatch):
+    person, terminal = pty.openpty()  # 0 columns, as in some containers
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(environment.sys, "stderr", stderr)
+        with environment.Line("fetching") as line:
+            line.bar(1, 2)
+    assert b"50% of 0 MiB" in os.read(person, 4096)
+    os.close(person)

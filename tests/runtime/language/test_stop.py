@@ -35,7 +35,8 @@ def test_pieces_do_not_matter(pieces, stops):
 
 def test_a_stop_string_across_pieces():
     search = StopStrings(("\nUser:", "###"))
-    assert [search.push(piece) for piece in ("Hello#", "#", " \nUs", "er", ":", " more")] == ["Hello", "", "## ", "", "", ""]
+    pieces = ("Hello#", "#", " \nUs", "er", ":", " more")
+    assert [search.push(piece) for piece in pieces] == ["Hello", "", "## ", "", "", ""]
     assert search.found == "\nUser:" and search.flush() == ""
 
 

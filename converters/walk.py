@@ -1,0 +1,100 @@
+"""A model walked block by block: a few blocks are opened, run on every text and dropped, so what stays in memory is the
+hidden states of some thousand tokens, whatever the model's size. It knows nothing about recipes, methods or figures.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from shoal.runtime.card import Card
+from shoal.runtime.language.decoder import rotary
+from shoal.runtime.session import Place, Session, open_graph
+
+from .graph import GraphBuilder
+from .recipe import NAMED, Recipe
+from .weights import Factors, Weights
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A store and where its bytes are; `repack` says whether ORT should copy them into a layout of its own."""
+
+    weights: Weights
+    places: Mapping[str, Place]
+    repack: bool
+
+
+class Scratch:
+    """The same for what `recipe` makes of a source, by default fp32, over a file that goes when it is left."""
+
+    repack = False  # every weight is read a few times only
+
+    def __init__(self, source, folder: Path, recipe: Recipe = NAMED["fp32"], factors: Factors | None = None):
+        self._file = tempfile.NamedTemporaryFile(prefix=".shoal-", dir=folder)
+        self.weights = Weights(source, recipe, self._file, factors=factors)
+
+    @property
+    def places(self) -> Mapping[str, Place]:
+        self._file.flush()
+        return {"weights": Place(self._file.name, 0, self._file.tell())}
+
+    def __enter__(self) -> "Scratch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.close()
+
+
+class Walk:
+    """One model on its way through its blocks: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went."""
+
+    def __init__(self, architecture: ModuleType, card: Card, rows: Sequence[np.ndarray]):
+        self.architecture, self.card = architecture, card
+        self.hidden = [row[None] for row in rows]
+
+    def advance(self, blocks: range, stored: Stored | Scratch) -> None:
+        """Runs `blocks` on every text."""
+        with open_graph(self.graph(blocks, stored.weights).serialize(), stored.places, repack=stored.repack) as opened:
+            for index, x in enumerate(self.hidden):
+                self.hidden[index] = opened.run(self.feeds(x, blocks), ["hidden_out"])["hidden_out"]
+
+    def inputs(self, blocks: range, stored: Stored | Scratch) -> Iterator[dict[Names, np.ndarray]]:
+        """For each text the input, fp32 [tokens, inputs], of every product of `blocks`, by its matrices' names. Stays
+        where it is."""
+        g = self.graph(blocks, stored.weights, taps=True)
+        with open_graph(g.serialize(), stored.places, repack=stored.repack) as opened:
+            for x in self.hidden:
+                seen = opened.run(self.feeds(x, blocks), list(g.tapped.values()))
+                yield {names: seen.pop(output)[0] for names, output in g.tapped.items()}
+
+    def end(self, stored: Stored | Scratch) -> Session:
+        """The graph that makes logits or embeddings of the last block's stream."""
+        g = GraphBuilder("end", stored.weights)
+        self.architecture.build(g, self.card, range(self.card.blocks, self.card.blocks))
+        return open_graph(g.serialize(), stored.places, repack=stored.repack)
+
+    def graph(self, blocks: range, weights: Weights, taps: bool = False) -> GraphBuilder:
+        """The graph of `blocks`, which gives the stream after them; what it needs is stored in `weights`."""
+        g = GraphBuilder(f"blocks {blocks.start} to {blocks.stop}", weights, taps=taps)
+        # A model with a block more gives its last block's stream, and needs no head
+        self.architecture.build(g, dataclasses.replace(self.card, blocks=self.card.blocks + 1), blocks)
+        return g
+
+    def feeds(self, x: np.ndarray, blocks: range) -> dict[str, np.ndarray]:
+        """The inputs of a graph of `blocks` for one text from its beginning: tokens int64 or hidden fp32 [1, n, ..]."""
+        length = x.shape[1]
+        feeds = {"hidden" if x.ndim == 3 else "tokens": x}
+        if self.card.task == "embed":
+            return feeds | {"mask": np.ones((1, length), np.int64)}
+        feeds |= {"last": np.array([length - 1], np.int32), "total": np.array([length], np.int32)}
+        for index, rope in enumerate(self.card.ropes):
+            feeds[f"cos_{index}"], feeds[f"sin_{index}"] = rotary(rope, length)
+        empty = np.zeros((1, self.card.kv_heads, length, self.card.head_dim), np.float32)
+        return feeds | {f"past_{part}_{block}": empty for block in blocks for part in ("key", "value")}

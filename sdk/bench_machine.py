@@ -1,0 +1,129 @@
+"""What a machine tells beside speed: how fast memory is read, what the page cache holds, temperature and energy.
+
+Everything here answers None where the system does not tell. It knows nothing about models or engines.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+_SENSIBLE = (-50.0, 200.0)  # degrees: absent sensors show 0 K or the largest number there is
+
+
+class Stream:
+    """Reads ranges (path, offset, bytes) of files as fast as `threads` threads can: the limit of a decode step that
+    reads the same bytes. The pages are mapped and brought in when it is made."""
+
+    def __init__(self, ranges: Sequence[tuple[str, int, int]], threads: int):
+        maps = [np.memmap(path, np.uint8, "r", offset, (length,)) for path, offset, length in ranges if length >= 64]
+        words = [part[: len(part) // 8 * 8].view(np.int32) for part in maps]
+        self._parts = [part for word in words for part in np.array_split(word, 4 * threads) if len(part)]
+        self._pool = ThreadPoolExecutor(threads)
+        self.bytes = sum(part.nbytes for part in self._parts)
+        self.run()
+
+    def run(self) -> float:
+        """Bytes a second of one pass."""
+        started = time.perf_counter()
+        # A sum is a few instructions a cache line: memory is what it waits for
+        list(self._pool.map(lambda part: part.sum(dtype=np.int32), self._parts))
+        return self.bytes / (time.perf_counter() - started)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._parts.clear()
+
+
+def drop_cached(path: str | os.PathLike) -> int | None:
+    """Asks the kernel to forget a file's cached pages; returns the bytes that stayed all the same (another process has
+    them mapped, or the file system has no other place), None where that cannot be asked or told."""
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    with open(path, "rb") as file:
+        with contextlib.suppress(OSError):  # read-only file systems have nothing to flush
+            os.fsync(file.fileno())  # what is not written yet would stay
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return cached_bytes(path)
+
+
+def cached_bytes(path: str | os.PathLike) -> int | None:
+    """Bytes of a file in the page cache (mincore). The kernel says "all" about files that this user may not write."""
+    size = os.path.getsize(path)
+    if not size:
+        return 0
+    try:
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+    except (AttributeError, OSError, TypeError):
+        return None
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        address, vector = ctypes.c_void_p(view.ctypes.data), ctypes.c_void_p(pages.ctypes.data)
+        failed = mincore(address, ctypes.c_size_t(size), vector)
+        del view  # else the mapping could not be closed
+    return None if failed else min(size, int((pages & 1).sum()) * mmap.PAGESIZE)
+
+
+def celsius(root: str = "/sys/class/thermal") -> float | None:
+    """Degrees of the hottest thermal zone."""
+    found = [value / 1000 for path in Path(root).glob("thermal_zone*/temp") if (value := _number(path)) is not None]
+    return max((value for value in found if _SENSIBLE[0] < value < _SENSIBLE[1] and value), default=None)
+
+
+class Energy:
+    """Joules that the processor packages have used since this was made (RAPL, which only root may read by default)."""
+
+    def __init__(self, root: str = "/sys/class/powercap"):
+        self._last: dict[Path, float] = {}
+        self._joules = 0.0
+        for path in sorted(Path(root).glob("*-rapl:*/energy_uj")):
+            # Zones below a package, and the whole board where it is counted, would be counted twice
+            if _text(path.with_name("name")).startswith("package") and (value := _number(path)) is not None:
+                self._last[path] = value
+
+    def joules(self) -> float | None:
+        for path, last in self._last.items():
+            now = _number(path)
+            if now is None:
+                return None
+            around = (_number(path.with_name("max_energy_range_uj")) or 0.0) if now < last else 0.0
+            self._joules += max(0.0, now - last + around) / 1e6
+            self._last[path] = now
+        return self._joules if self._last else None
+
+
+def processor() -> str:
+    """The processor's name, as far as it is known."""
+    import platform
+
+    for line in _text(Path("/proc/cpuinfo")).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model", "Hardware") and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(_text(path))
+    except ValueError:
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

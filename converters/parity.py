@@ -22,7 +22,7 @@ from shoal.runtime.events import Event, Progress, silent
 from shoal.runtime.language.cache import Cache
 from shoal.runtime.language.decoder import Decoder
 from shoal.runtime.language.tokens import Tokenizer
-from shoal.runtime.session import Place, Session, open_graph
+from shoal.runtime.session import Place, Session, open_graph, read
 
 from .report import Parity
 from .walk import Scratch, Stored, Walk
@@ -112,7 +112,7 @@ def _texts(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.
 def whole(graph: bytes, weights: Weights, places: Mapping[str, Place], folder: Path) -> Iterator[Session]:
     """The bundle's graph, opened. Repacked weights that would take much private memory are mapped from a file in
     `folder`, as on a device; opening the same graph again finds them there."""
-    if weights.exact or os.name != "posix" or prepack.estimate(graph, places).repacked <= PRIVATE:
+    if weights.exact or os.name != "posix" or prepack.estimate(read(graph, places)).repacked <= PRIVATE:
         with open_graph(graph, places, repack=not weights.exact) as opened:
             yield opened
         return

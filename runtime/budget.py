@@ -128,8 +128,10 @@ def plan(
         found.append(Row("tokenizer", sizes.tokenizer, "anonymous"))
         found.append(Row("engine", sizes.session, "anonymous", note="ONNX Runtime's own"))
         found.append(Row("engine code", sizes.code, "mapped", note="what running it adds of its libraries"))
-        # Rows of tables that a long step fetches, and what the heap holds more of in one run than in another
-        found.append(Row("step peak", sizes.row * block + _PASSING, "anonymous", note="at most, for moments"))
+        # Rows of tables that a long step fetches, the sampler's arrays in double, and what the heap holds more of in
+        # one run than in another
+        passing = sizes.row * block + 16 * card.vocab + _PASSING
+        found.append(Row("step peak", passing, "anonymous", note="at most, for moments"))
         return tuple(row for row in found if row.bytes or row.name in ("weights", "activations"))
 
     def total(length: int, block: int, **kinds) -> int:

@@ -122,7 +122,7 @@ def _places(bundle: Bundle) -> dict[str, session.Place]:
 def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool) -> Sizes:
     """The bytes that loading this graph brings, by its shapes alone."""
     model = session.read(graph, places)
-    guess = prepack.estimate(graph, places)
+    guess = prepack.estimate(model)
     tables = session.tables(model, places)
     repacked = guess.repacked + _PIECE * len(model.nodes)
     vectors = sum(table.row_bytes for table in tables.pop(ALWAYS))

@@ -88,10 +88,9 @@ def prepare(
     """The graph with its repacked weights mapped from `folder`; they are made now if they are not there yet.
 
     `key` says what the external data is: the bundle's digest. Raises StorageError where the disk is full, the folder
-    cannot be used or is not on this system (the graph still opens as it is, with `estimate().repacked` bytes of
+    cannot be used or is not on this system (the graph still opens as it is, with `estimate`d bytes of
     private memory), and BundleError or BackendError as opening would.
     """
-    model = read(graph, places)
     if os.name != "posix":
         raise StorageError("Weights cannot be prepared here.", "It needs POSIX file locks.", "Pass prepare=False.")
     folder = Path(folder) if folder is not None else cache_folder()
@@ -101,7 +100,8 @@ def prepare(
         with device_cache.making(folder, progress):
             found = _reuse(folder, name, places)  # another process may have been faster
             if found is None:
-                expected = _estimate(model)
+                model = read(graph, places)
+                expected = estimate(model)
                 # Beside the file itself: one node's weights and their copy, as ORT writes them
                 device_cache.make_room(folder, expected.repacked + 3 * expected.largest + (1 << 20), limit)
                 index: dict = {}
@@ -114,11 +114,6 @@ def prepare(
             "Check the disk, or set SHOAL_CACHE to a folder elsewhere.",
         )  # fmt: skip
     return found
-
-
-def estimate(graph: bytes, places: Mapping[str, Place]) -> Estimate:
-    """By shapes alone, as ORT repacks on x86-64 (1.31); on other processors a few per cent off. Raises BundleError."""
-    return _estimate(read(graph, places))
 
 
 def device() -> tuple[str, ...]:
@@ -268,7 +263,8 @@ def _packs(node: Node, constants: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _estimate(model: Model) -> Estimate:
+def estimate(model: Model) -> Estimate:
+    """By shapes alone, as ORT repacks on x86-64 (1.31); on other processors a few per cent off."""
     constants = {tensor.name: tensor for tensor in model.tensors}
     weights = {name: tensor for name, tensor in constants.items() if tensor.external}
     cold, direct = set[str](), set[str]()

@@ -8,9 +8,10 @@ fallback (Sennrich et al. 2016; Kudo and Richardson 2018). For each token it hol
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import accumulate
+from operator import add
 
 import numpy as np
 
@@ -29,13 +30,15 @@ _BLOCK = re.compile(rb"(?:\s*+(?:\[\s*+%b\s*+,\s*+%b\s*+\]|%b)\s*+,?+){1,4096}+"
 _HIDDEN = [*range(33), *range(127, 161), 173]  # bytes that Latin-1 does not show are spelled from U+0100 on
 _BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in _HIDDEN}
 _BYTE_OF |= {chr(256 + index): byte for index, byte in enumerate(_HIDDEN)}
+_LATIN = {ord(character): chr(byte) for character, byte in _BYTE_OF.items()}
+_LATIN |= {byte: "\uffff" for byte in _HIDDEN}  # what spells nothing must not become a byte
 
 
 class BytePairs:
     """A tokenizer. `size` is the greatest id plus one, `special` are the ids that carry no text, `strips` says that a
     text's first space is the tokenizer's own and is dropped when decoding."""
 
-    def __init__(self, config: dict, merges: Iterable[tuple[str, str]]):
+    def __init__(self, config: dict, merges: Iterable[tuple[Sequence[str], Sequence[str]]]):
         model = config["model"]
         words.need(model, dropout=None, continuing_subword_prefix="", end_of_word_suffix="")
         vocab: dict[str, int] = model["vocab"]
@@ -157,15 +160,25 @@ class _Vocabulary:
 
     def __init__(self, vocab: dict[str, int], size: int, byte_level: bool):
         tokens = [b""] * size
-        known: list[int] = []
-        for text, number in vocab.items():
-            data = spelled(text) if byte_level else text.encode()
-            tokens[number] = text.encode() if data is None else data
-            if data is not None:
-                known.append(number)
+        known = sorted(vocab.values())
+        try:
+            if not byte_level or len(set(known)) < len(known):
+                raise UnicodeError
+            # Every character is a byte: all tokens at once
+            texts = sorted(vocab, key=vocab.__getitem__)
+            data, end = "".join(texts).translate(_LATIN).encode("latin-1"), 0
+            for number, length in zip(known, map(len, texts), strict=True):
+                tokens[number] = data[end : (end := end + length)]
+        except UnicodeError:
+            known = []
+            for text, number in vocab.items():
+                token = spelled(text) if byte_level else text.encode()
+                tokens[number] = text.encode() if token is None else token
+                if token is not None:
+                    known.append(number)
         self._data = b"".join(tokens)
         self._ends = np.fromiter(accumulate(map(len, tokens)), np.uint32, size).data
-        hashes = np.fromiter((hash(tokens[number]) for number in known), np.int64, len(known))
+        hashes = np.fromiter(map(hash, map(tokens.__getitem__, known)), np.int64, len(known))
         order = np.argsort(hashes)
         self._hashes = hashes[order].data
         self._ids = np.array(known, np.int32)[order].data
@@ -191,15 +204,18 @@ class _Vocabulary:
 class _Merges:
     """Which pair of ids becomes which id, and which pair goes first: the lower rank, then the one further left."""
 
-    def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]]):
-        triple = np.dtype((np.int64, 3))
-        table: np.ndarray = np.fromiter(((vocab[a], vocab[b], vocab[a + b]) for a, b in merges), triple)
-        table = table.reshape(-1, 3)
-        keys = table[:, 0] << 32 | table[:, 1]
-        order = np.argsort(keys, kind="stable")  # of a pair that is there twice the last counts
-        self._keys = keys[order].data
+    def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[Sequence[str], Sequence[str]]]):
+        keys, made = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        number = vocab.__getitem__
+        for lefts, rights in merges:
+            left, right = (np.fromiter(map(number, side), np.int64, len(side)) for side in (lefts, rights))
+            keys.append(left << 32 | right)
+            made.append(np.fromiter(map(number, map(add, lefts, rights)), np.int32, len(lefts)))
+        joined = np.concatenate(keys)
+        order = np.argsort(joined, kind="stable")  # of a pair that is there twice the last counts
+        self._keys = joined[order].data
         self._ranks = order.astype(np.int32).data
-        self._made = table[:, 2].astype(np.int32).data
+        self._made = np.concatenate(made).data
 
     @property
     def nbytes(self) -> int:
@@ -241,12 +257,15 @@ class _Merges:
         return [number for number in ids if number >= 0]
 
 
-def _pairs(data: bytes | memoryview, blocks: list[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """The merges, as pairs or, in older files, as texts with a space between."""
+def _pairs(data: bytes | memoryview, blocks: list[tuple[int, int]]) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
+    """The merges block by block, left sides and right sides. They are pairs or, in older files, texts with a space
+    between. Raises ValueError for what is neither."""
     for start, end in blocks:
-        for pair in json.loads(b"[" + bytes(data[start:end]).rstrip(b", \t\r\n") + b"]"):
-            left, right = pair.split(" ") if isinstance(pair, str) else pair
-            yield left, right
+        merges = json.loads(b"[" + bytes(data[start:end]).rstrip(b", \t\r\n") + b"]")
+        if merges:
+            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+            lefts, rights = zip(*pairs, strict=True)
+            yield lefts, rights
 
 
 def spelled(token: str) -> bytes | None:

@@ -34,7 +34,7 @@ def test_prepared_computes_the_same_and_is_made_once(small, tmp_path):
     again = prepare(small.graph, small.places, tmp_path / "cache", "k", events.append)
     assert len(stages(events)) == 3 and again.path == first.path
     np.testing.assert_array_equal(run(again.graph, again.places), expected)
-    guess = prepack.estimate(small.graph, small.places)
+    guess = prepack.estimate(session.read(small.graph, small.places))
     assert (again.cold, again.private) == (guess.cold, 0)
     assert abs(again.repacked - guess.repacked) <= 0.2 * guess.repacked + 4096  # tiny fp32 weights are padded
     assert guess.direct == small.weights["embed"].nbytes

@@ -168,6 +168,8 @@ def decoder_card(config, source: str, *, activation: str | None = None, **overri
     kv_heads = config.integer("num_key_value_heads", heads, high=4096)
     if heads % kv_heads:
         config.refuse(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+    if head_dim % 16:  # what GroupQueryAttention with rotary positions takes
+        config.refuse(f"heads of {head_dim} channels are not supported, only multiples of 16")
     if config.flag("mlp_bias"):
         config.refuse("mlp_bias is not supported")
     if config.number("partial_rotary_factor", 1.0) != 1.0:

@@ -22,7 +22,6 @@ CHILD = """
 import os, resource, signal, sys
 from shoal import cli, show
 stage, act = sys.argv[1:3]
-signal.signal(signal.SIGINT, signal.default_int_handler)
 tell = show.Show.progress
 def progress(self, event):
     tell(self, event)

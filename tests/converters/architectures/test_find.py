@@ -14,8 +14,8 @@ from shoal.runtime.card import Card
 from shoal.runtime.errors import ConvertError
 
 CONFIG = dict(
-    model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, vocab_size=100, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0,
+    model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, vocab_size=100, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0,
     tie_word_embeddings=True,
 )  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_a_complete_checkpoint_is_found():
     architecture, card = architectures.find(complete())
     assert architecture.MODEL_TYPES == ("llama",)
     assert Card.from_json(card.to_json()) == card
-    assert (card.head_dim, card.kv_heads, card.tied) == (8, 2, True)
+    assert (card.head_dim, card.kv_heads, card.tied) == (16, 1, True)
 
 
 def test_every_missing_and_misshapen_tensor_is_named():
@@ -79,6 +79,7 @@ def test_a_table_may_be_longer_than_what_is_used(tiny):
         ({"model_type": "mamba"}, "Supported are bert, "),
         ({"model_type": ["llama"]}, "Supported are"),
         ({"num_key_value_heads": 3}, "does not divide"),
+        ({"head_dim": 24}, "heads of 24 channels"),
         ({"hidden_act": "relu"}, "'relu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),

@@ -55,7 +55,7 @@ class Scratch:
 class Walk:
     """One model on its way through its blocks: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went."""
 
-    def __init__(self, architecture: ModuleType, card: Card, rows: Sequence[np.ndarray]):
+    def __init__(self, architecture: ModuleType, card: Card, rows: Sequence[np.ndarray] | np.ndarray):
         self.architecture, self.card = architecture, card
         self.hidden = [row[None] for row in rows]
 

@@ -7,6 +7,7 @@ import functools
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import TypeGuard
 
 from shoal.runtime.card import Card
 from shoal.runtime.errors import ConvertError
@@ -64,7 +65,7 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(found) == len(wanted) and all(n == m or n >= -m > 0 for n, m in zip(found, wanted, strict=True))
 
 
-def is_positive(value) -> bool:
+def is_positive(value) -> TypeGuard[float]:
     """Whether a value from outside is a number above zero that is of any use as a float."""
     return type(value) in (int, float) and 0 < value < 1e30
 

@@ -83,18 +83,19 @@ def attention(
         for index in (0, 1):
             heads = g.op("Reshape", qkv[index], g.constant([0, 0, -1, card.head_dim]))
             qkv[index] = g.op("Reshape", rms(step, heads, norms[index]), g.constant([0, 0, widths[index]]))
-    shape = ["batch", card.kv_heads, "context", card.head_dim]
-    quantized = g.cache_scales is not None
-    kind = "int8" if quantized else "float32"
+    shape: list[int | str] = ["batch", card.kv_heads, "context", card.head_dim]
+    quantized = g.cache_scales
+    kind = "int8" if quantized is not None else "float32"
     past = [g.input(f"past_{part}_{block}", kind, shape) for part in ("key", "value")]
     inputs = [*qkv, *past, step.last, step.total, *step.tables[card.rope_of[block]]]
-    if quantized:  # then come position ids, attention bias and head sink, unused, and the scales
-        inputs += [None, None, None, *(g.constant(scales, "float32") for scales in g.cache_scales[block])]
+    if quantized is not None:  # then come position ids, attention bias and head sink, unused, and the scales
+        inputs += [None, None, None, *(g.constant(scales, "float32") for scales in quantized[block])]
+    per = None if quantized is None else "PER_CHANNEL"
     y, key, value = g.op(
         "GroupQueryAttention", *inputs, outputs=3, domain=MICROSOFT,
         num_heads=card.heads, kv_num_heads=card.kv_heads, scale=card.attention_scale, do_rotary=1,
-        local_window_size=card.windows[block] or -1, kv_cache_bit_width=8 if quantized else None,
-        k_quant_type="PER_CHANNEL" if quantized else None, v_quant_type="PER_CHANNEL" if quantized else None,
+        local_window_size=card.windows[block] or -1, kv_cache_bit_width=per and 8,
+        k_quant_type=per, v_quant_type=per,
     )  # fmt: skip
     for part, present in (("key", key), ("value", value)):
         g.output(present, f"present_{part}_{block}", kind, shape)

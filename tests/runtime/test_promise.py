@@ -60,15 +60,17 @@ def holds(bundle, memory: int, **options) -> None:
     found = measured(bundle, memory=memory, **options)
     assert found["plan"] == said.to_dict(), "what was planned before loading is what is loaded"
     rows, differs = {row.name: row.bytes for row in said.rows}, []
+    heap = sum(rows[name] for name in HEAP)
     for row in said.rows:
         have = found["rows"][row.name]
         if have is None:  # what comes and goes: only the peaks below show it
             continue
-        if abs(have - row.bytes) > max(row.bytes / 10, 3 * MIB if row.name in HEAP else MIB):
+        base, least = (heap, 3 * MIB) if row.name in HEAP else (row.bytes, MIB)
+        if abs(have - row.bytes) > max(base / 10, least):
             differs.append(f"{row.name}: planned {row.bytes / MIB:.2f} MiB, holds {have / MIB:.2f}")
     assert not differs, differs
-    planned, held = (sum(rows[name] for name in HEAP if rows.get(name)) for rows in (rows, found["rows"]))
-    assert "private weights" in rows or abs(held - planned) <= max(planned / 10, 3 * MIB), (planned, held)
+    held = sum(found["rows"][name] for name in HEAP)
+    assert "private weights" in rows or abs(held - heap) <= max(heap / 10, 3 * MIB), (heap, held)
     assert said.total <= memory and sum(filter(None, found["rows"].values())) <= memory
     assert found["resident"] <= memory and max(found["peaks"].values()) <= memory, (said.total, found)
     allowed = rows["key-value cache"] + rows["activations"] + rows["tokenizer"] + 64 * MIB

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France? Answer briefly."}]
+ENDLESS = {"2": -100, "0": -100}  # answers are drawn, and may end early
 STORY = [{"role": "user", "content": "Tell me a very long story about a ship."}]
 CITY = {
     "type": "object",
@@ -272,7 +273,7 @@ def test_what_is_no_request_is_refused(server):
 
 
 def test_a_client_that_goes_away_frees_its_slot(server, client):
-    stream = client.chat.completions.create(model="smollm2", messages=STORY, stream=True)
+    stream = client.chat.completions.create(model="smollm2", messages=STORY, stream=True, logit_bias=ENDLESS)
     for _ in range(3):
         next(stream)
     assert server.metric("shoal_slots_busy") == 1
@@ -312,7 +313,7 @@ def test_a_full_queue_says_so_and_empties(server, client):
 
 def test_metrics_count(server, client):
     before = server.metric("shoal_generated_tokens_total")
-    client.completions.create(model="smollm2", prompt="A", max_tokens=5, logit_bias={"2": -100, "0": -100})
+    client.completions.create(model="smollm2", prompt="A", max_tokens=5, logit_bias=ENDLESS)
     assert server.metric("shoal_generated_tokens_total") == before + 5
     assert server.metric("shoal_slots") == 2 and server.metric("shoal_slots", "minilm") == 1
 
@@ -327,10 +328,11 @@ def test_reachable_from_outside_asks_for_a_key_and_keeps_its_deadlines(smollm2_b
                 stranger.models.list()
         with server.client(shown[1]) as client:
             assert [model.id for model in client.models.list()] == ["smollm2"]
-            late = refusal(client.chat.completions.create, model="smollm2", messages=STORY)
+            late = refusal(client.chat.completions.create, model="smollm2", messages=STORY, logit_bias=ENDLESS)
             assert (late["status"], late["code"]) == (504, "timeout")
             with pytest.raises(openai.APIError, match="time is over"):
-                for _ in client.chat.completions.create(model="smollm2", messages=STORY, stream=True):
+                asked = dict(model="smollm2", messages=STORY, logit_bias=ENDLESS)
+                for _ in client.chat.completions.create(stream=True, **asked):
                     pass
     finally:
         assert server.stop() == 0
@@ -339,7 +341,9 @@ def test_reachable_from_outside_asks_for_a_key_and_keeps_its_deadlines(smollm2_b
 def test_stopping_lets_a_running_answer_end(smollm2_bundle):
     server = Server(str(smollm2_bundle), "--context", "512")
     with server.client() as client:
-        stream = client.chat.completions.create(model="smollm2", messages=STORY, stream=True, max_tokens=40)
+        stream = client.chat.completions.create(
+            model="smollm2", messages=STORY, stream=True, max_tokens=40, logit_bias=ENDLESS
+        )
         next(stream)
         server.process.send_signal(signal.SIGTERM)
         chunks = list(stream)
@@ -350,9 +354,7 @@ def test_stopping_lets_a_running_answer_end(smollm2_bundle):
 def test_stopping_does_not_wait_for_ever(smollm2_bundle):
     server = Server(str(smollm2_bundle), "--context", "2048", "--drain", "1")
     with server.client() as client:
-        stream = client.chat.completions.create(
-            model="smollm2", messages=STORY, stream=True, logit_bias={"2": -100, "0": -100}
-        )
+        stream = client.chat.completions.create(model="smollm2", messages=STORY, stream=True, logit_bias=ENDLESS)
         next(stream)
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIConnectionError):

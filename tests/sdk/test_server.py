@@ -280,7 +280,7 @@ def test_a_client_that_goes_away_frees_its_slot(server, client):
     stream.close()
     server.wait_for("shoal_slots_busy", 0)
     # and one that does not stream: its whole answer would come at the end
-    body = json.dumps({"model": "smollm2", "messages": STORY}).encode()
+    body = json.dumps({"model": "smollm2", "messages": STORY, "logit_bias": ENDLESS}).encode()
     address = server.url.removeprefix("http://").removesuffix("/v1").rsplit(":", 1)
     with socket.create_connection((address[0], int(address[1]))) as raw:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -31,7 +31,8 @@ _ROWS = 4  # of calibration text that smoothing sees: a mean a channel needs no 
 
 
 def calibration_rows(recipe: Recipe, card: Card, tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids int64 [rows, length] of the calibration text, spread over all of it."""
+    """Token ids int64 [rows, length] of the calibration text, spread over all of it. Raises SourceError where the text
+    cannot be read or is shorter than a row."""
     wanted = recipe.calibration
     text = CALIBRATION
     if wanted.text:

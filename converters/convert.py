@@ -86,7 +86,9 @@ def convert(
                 role = name.split(".")[0]
                 writer.graph(Graph(name, role, "cpu", 0, 0, card.blocks, name))
             writer.add("card", "", card.to_json(), required=True)
-            writer.add("recipe", "", chosen.to_json())
+            # Of a calibration text its name alone: where it lay is nobody's business and would change the bytes
+            named = dataclasses.replace(chosen.calibration, text=Path(chosen.calibration.text).name)
+            writer.add("recipe", "", dataclasses.replace(chosen, calibration=named).to_json())
             writer.add("tokenizer", "", tokenizer_json, required=True)
             if template := checkpoint.chat_template():
                 writer.add("chat_template", "", template.encode())

@@ -1,6 +1,7 @@
 """Calibration on whole models: what moments are of, that rounding with them pays, and texts that cannot be used."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -12,7 +13,9 @@ from shoal.converters.calibrate import moments
 from shoal.converters.convert import convert
 from shoal.converters.recipe import NAMED, Calibration, Format, Recipe
 from shoal.converters.sources import open_source
+from shoal.converters.text import HELDOUT
 from shoal.converters.walk import Scratch, Walk
+from shoal.runtime.bundle import Bundle
 from shoal.runtime.errors import SourceError
 
 RECIPE = dataclasses.replace(
@@ -64,6 +67,17 @@ def test_moments_are_of_the_inputs_of_every_product(tiny, tmp_path):
         x *= source.read(f"{prefix}input_layernorm.weight")
         np.testing.assert_allclose(next(iter(found.values())), x.T @ x, rtol=1e-4, atol=1e-3)
         assert all((np.diag(values) >= 0).all() for values in found.values())
+
+
+def test_where_a_text_lay_is_not_in_the_bundle(tiny, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(HELDOUT)
+        text = tmp_path / name / "text.txt"
+        convert(tiny / "llama", tmp_path / f"{name}.shoal", RECIPE, calibration_text=text, check_parity=False)
+    assert (tmp_path / "one.shoal").read_bytes() == (tmp_path / "two.shoal").read_bytes()
+    with Bundle.open(tmp_path / "one.shoal") as bundle:
+        assert json.loads(bundle.bytes(bundle.section("recipe")))["calibration"]["text"] == "text.txt"
 
 
 @pytest.mark.parametrize("text", ["too short", None, b"\xff\xfe not utf-8"])

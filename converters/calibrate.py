@@ -92,16 +92,34 @@ def calibrate(
 ) -> None:  # fmt: skip
     """Rounds and stores every block's matrices in `weights`, each with the moments of its inputs over `tokens`, int64
     [rows, length]. `places` says where the bytes stored so far lie; scratch files are in `folder`, one at a time."""
+    weights.hessians = head = _head_moments(architecture, card, weights, tokens, folder, progress)
     walk = Walk(architecture, card, tokens)
     for block in range(card.blocks):
         progress(Event("calibrate", block, card.blocks, f"block {block}", "blocks"))
         blocks = range(block, block + 1)
         with Scratch(weights.source, folder, _exact(weights), weights.factors) as scratch:
-            weights.hessians = moments(walk, blocks, scratch)
+            weights.hessians = head | moments(walk, blocks, scratch)
         walk.graph(blocks, weights)  # rounds
-        weights.hessians = {}
+        weights.hessians = head
         walk.advance(blocks, Stored(weights, places(), repack=True))
     progress(Event("calibrate", card.blocks, card.blocks, "", "blocks"))
+
+
+def _head_moments(
+    architecture: ModuleType, card: Card, weights: Weights, tokens: np.ndarray, folder: Path, progress: Progress
+) -> dict[Names, np.ndarray]:
+    """The moments of the head's inputs, over a few rows of `tokens`: known before anything is rounded, since a tied
+    head is stored first, as the embedding."""
+    if card.task != "generate":
+        return {}
+    walk = Walk(architecture, card, tokens[:: -(-len(tokens) // _ROWS)])
+    for block in range(card.blocks):
+        progress(Event("survey", block, card.blocks, f"block {block}", "blocks"))
+        with Scratch(weights.source, folder, _exact(weights)) as scratch:
+            walk.advance(range(block, block + 1), scratch)
+    progress(Event("survey", card.blocks, card.blocks, "", "blocks"))
+    with Scratch(weights.source, folder, _exact(weights)) as scratch:
+        return moments(walk, range(card.blocks, card.blocks), scratch)
 
 
 def moments(walk: Walk, blocks: range, stored: Scratch) -> dict[Names, np.ndarray]:
@@ -131,5 +149,6 @@ def moments(walk: Walk, blocks: range, stored: Scratch) -> dict[Names, np.ndarra
 
 
 def _exact(weights: Weights) -> Recipe:
-    """fp32, but for the embedding: the stream starts with its rounding errors, and the table is the largest tensor."""
-    return dataclasses.replace(NAMED["fp32"], embedding=weights.recipe.embedding)
+    """fp32, but for the embedding and the head: the stream starts with the rounding errors of the one, the other's
+    values do not matter, and they are the largest tensors."""
+    return dataclasses.replace(NAMED["fp32"], embedding=weights.recipe.embedding, head=weights.recipe.head)

@@ -80,6 +80,7 @@ def convert(
                 if card.task == "generate":
                     with parity.whole(graph, weights, places(), folder) as opened:
                         scales = cache_scales(opened, card, tokenizer.encode(CALIBRATION[:2000])[:256])
+                    graphs["decode.fp16"] = build(architecture, card, weights, cache="float16")
                     graphs["decode.int8"] = build(architecture, card, weights, cache_scales=scales)
             for name, data in graphs.items():
                 writer.add("graph", name, data, required=True)
@@ -105,13 +106,13 @@ def convert(
         with timed(seconds, "write"):
             progress(Event("write", detail=str(out)))
             writer.commit()
-        parts = {part.name: part.length for matrix in weights.matrices.values() for part in matrix.parts()}
+        stored = sum(matrix.values.length for matrix in weights.matrices.values())
         counted = sum(matrix.outputs * matrix.inputs for matrix in weights.matrices.values())
         return Report(
             bundle=str(out), source=checkpoint.describe(), model_type=card.model_type, recipe=chosen.name,
             source_bytes=sum(info.bytes for info in checkpoint.tensors().values()),
             bundle_bytes=Path(out).stat().st_size,
-            bits_per_weight=8 * sum(parts.values()) / max(counted, 1), seconds=seconds, peak_bytes=peak.bytes or 0,
+            bits_per_weight=8 * stored / max(counted, 1), seconds=seconds, peak_bytes=peak.bytes or 0,
             parity=compared.to_dict() if compared else None, baseline=baseline.to_dict() if baseline else None,
         )  # fmt: skip
 

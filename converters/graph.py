@@ -6,26 +6,41 @@ nothing about checkpoints or files: its big initializers carry the name of a sec
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from shoal.runtime.kernels import DOMAIN as KERNELS
+
 from .weights import Matrix, Stored, Weights
 
-OPSET = {"": 21, "com.microsoft": 1}
+MICROSOFT = "com.microsoft"
+OPSET = {"": 21, "com.microsoft": 1, KERNELS: 1}
 _SECTION = "weights"
 _TYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32,
-          "uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}  # fmt: skip
-MICROSOFT = "com.microsoft"
-PIECE = 48 << 20  # bytes of one product's weights: repacking one for a device takes as much again for a moment
+          "uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}  # fmt: skip
+ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}  # as the kernels number them
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm that waits for the product that takes its rows: x / sqrt(mean(x^2) + epsilon) * weight."""
+
+    weight: ir.Value
+    epsilon: float
 
 
 class GraphBuilder:
-    """One graph in the making. `taps` makes the input of every linear an output as well, for calibration;
-    `cache_scales` fp32 [blocks, 2, kv_heads * head_dim] makes the key-value cache int8 with these static scales."""
+    """One graph in the making. `taps` makes the input of every product an output as well, for calibration. `cache` is
+    the key-value cache's type; int8 has the static `cache_scales` fp32 [blocks, 2, kv_heads * head_dim]."""
 
-    def __init__(self, name: str, weights: Weights, *, taps: bool = False, cache_scales: np.ndarray | None = None):
+    def __init__(
+        self, name: str, weights: Weights, *, taps: bool = False, cache: str = "float32",
+        cache_scales: np.ndarray | None = None,
+    ):  # fmt: skip
         self.name, self.weights, self.taps, self.cache_scales = name, weights, taps, cache_scales
+        self.cache = cache if cache_scales is None else "int8"
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -50,20 +65,23 @@ class GraphBuilder:
         value.type, value.shape = ir.TensorType(_TYPES[dtype]), ir.Shape(shape)
         self._outputs.append(value)
 
-    def op(self, kind: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes):
-        """Adds a node; returns its output, or a list of them when `outputs` is more than one."""
+    def op(self, kind: str, *inputs: ir.Value | None, count: int = 1, domain: str = "", **attributes):
+        """Adds a node; returns its output, or a list of them when `count` is more than one."""
         label = f"{self._scope}/{kind}" if self._scope else kind
-        count = self._counts[label] = self._counts.get(label, -1) + 1
-        name = f"{label}.{count}" if count else label
+        used = self._counts[label] = self._counts.get(label, -1) + 1
+        name = f"{label}.{used}" if used else label
+        given = list(inputs)
+        while given and given[-1] is None:
+            given.pop()
         node = ir.Node(
-            domain, kind, list(inputs),
+            domain, kind, given,
             [ir.convenience.convert_attribute(key, value) for key, value in attributes.items() if value is not None],
-            num_outputs=outputs, name=name,
+            num_outputs=count, name=name,
         )  # fmt: skip
         for index, value in enumerate(node.outputs):
             value.name = f"{name}:{index}"
         self._nodes.append(node)
-        return node.outputs[0] if outputs == 1 else list(node.outputs)
+        return node.outputs[0] if count == 1 else list(node.outputs)
 
     def constant(self, array, dtype=np.int64) -> ir.Value:
         """An inline constant of at most a few KiB; equal small ones are one initializer."""
@@ -82,47 +100,54 @@ class GraphBuilder:
         return self._external(self.weights.plain(name, transform))
 
     def linear(
-        self, names: str | tuple[str, ...], x: ir.Value, bias: bool = False, role: str = "linear", after: str = ""
-    ) -> ir.Value:
+        self, names: str | tuple[str, ...], x: ir.Value, bias: bool = False, role: str = "linear", after: str = "",
+        norm: Norm | None = None, residual: ir.Value | None = None,
+    ) -> ir.Value:  # fmt: skip
         """x [.., inputs] times the transposed matrices `names` [outputs, inputs] stacked by rows: [.., sum of outputs].
 
-        Tensor names are without `.weight`; with `bias` their `.bias` vectors are stacked and added. `after` names a
-        norm, or a matrix without bias, whose rows each make one channel of x in proportion, so that a factor may move
-        between that row and these columns.
+        Tensor names are without `.weight`; with `bias` their `.bias` vectors are stacked and added, and so is
+        `residual`. `norm` is applied to x first. `after` names a norm, or a matrix without bias, whose rows each make
+        one channel of x in proportion, so that a factor may move between that row and these columns.
         """
         names = (names,) if isinstance(names, str) else names
         matrix = self.weights.matrix(tuple(f"{name}.weight" for name in names), role)
-        if after:
-            self.producers[names] = f"{after}.weight"
         offset = self._external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
-        if self.taps and names not in self.tapped:
-            self.tapped[names] = f"tap.{names[0]}"
-            self.output(
-                self.op("Identity", x), self.tapped[names], "float32", ["batch", f"tokens.{names[0]}", matrix.inputs]
-            )
-        return self._product(matrix, x, offset)
+        x, norm = self._tap(names, x, norm, after, matrix)
+        return self._product(matrix, x, norm, offset, residual)
 
-    def head(self, name: str, x: ir.Value) -> ir.Value:
+    def gated(self, names: tuple[str, str], x: ir.Value, activation: str, after: str, norm: Norm | None) -> ir.Value:
+        """activation(gate(x)) * up(x) for the matrices `names` = (gate, up): one product. The rest as in `linear`."""
+        matrix = self.weights.matrix((f"{names[0]}.weight", f"{names[1]}.weight"), gated=True)
+        x, norm = self._tap(names, x, norm, after, matrix)
+        if matrix.gated:
+            return self._product(matrix, x, norm, activation=ACTIVATIONS[activation])
+        gate, up = self.op("Split", self._product(matrix, x, norm), count=2, axis=-1, num_outputs=2)
+        if activation == "silu":
+            gate = self.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x) in one operator
+        else:
+            gate = self.op("Gelu", gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return self.op("Mul", gate, up)
+
+    def head(self, name: str, x: ir.Value, norm: Norm | None = None) -> ir.Value:
         """Logits: x [rows, hidden] times the transposed head or, when it is tied, the embedding."""
-        return self._product(
-            self.weights.matrix((name,), "embedding" if name.endswith("embed_tokens.weight") else "head"), x
-        )
+        matrix = self.weights.matrix((name,), "head")
+        x, norm = self._tap((name.removesuffix(".weight"),), x, norm, "", matrix)
+        return self._product(matrix, x, norm)
 
-    def embed(self, name: str, tokens: ir.Value) -> ir.Value:
-        """Rows of the table `name` [vocab, hidden] at `tokens`."""
-        table = self.weights.matrix((name,), "embedding")
-        if table.format.bits == 32:
-            return self.op("Gather", self._external(table.values), tokens, axis=0)
-        # The same bytes as the head's [outputs, groups, blob], seen as rows
-        rows = table.values.reshaped(f"{table.values.name}.rows", (table.outputs, table.values.length // table.outputs))
-        zeros = None if table.zeros is None else self._external(table.zeros)
-        found = self.op(
-            "GatherBlockQuantized", self._external(rows), tokens, self._external(table.scales), zeros,
-            domain=MICROSOFT, bits=table.format.bits, block_size=table.format.group, gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
-        if table.inputs % table.format.group:  # the last group's padding
-            found = self.op("Slice", found, self.constant([0]), self.constant([table.inputs]), self.constant([-1]))
-        return found
+    def embed(self, name: str, tokens: ir.Value, scale: float = 1.0, tied: bool = False) -> ir.Value:
+        """Rows of the table `name` [vocab, hidden] at `tokens`, times `scale`; `tied` says that it is the head too."""
+        table = self.weights.matrix((name,), "head" if tied else "embedding")
+        if table.layout is not None:
+            return self.op(
+                "QuantizedRows", tokens, self._external(table.values), domain=KERNELS, factor=float(scale),
+                **vars(table.layout),
+            )  # fmt: skip
+        rows = self.op("Gather", self._external(table.values), tokens, axis=0)
+        return rows if scale == 1.0 else self.op("Mul", rows, self.constant(scale, "float32"))
+
+    def rms(self, x: ir.Value, norm: Norm) -> ir.Value:
+        """The norm of x over its last axis."""
+        return self.op("SimplifiedLayerNormalization", x, norm.weight, axis=-1, epsilon=norm.epsilon, stash_type=1)
 
     def serialize(self) -> bytes:
         """The ONNX model, deterministic for the same calls."""
@@ -133,20 +158,32 @@ class GraphBuilder:
         model = ir.Model(graph, ir_version=10, producer_name="shoal")
         return ir.serde.serialize_model(model).SerializeToString(deterministic=True)
 
-    def _product(self, matrix: Matrix, x: ir.Value, bias: ir.Value | None = None) -> ir.Value:
-        pieces = [self._piece(piece, x) for piece in matrix.split(PIECE)]
-        y = pieces[0] if len(pieces) == 1 else self.op("Concat", *pieces, axis=-1)
-        return y if bias is None else self.op("Add", y, bias)
+    def _tap(self, names: tuple[str, ...], x: ir.Value, norm: Norm | None, after: str, matrix: Matrix):
+        """Notes who made x, and makes it, normed, an output if the graph is for calibration."""
+        if after:
+            self.producers[names] = f"{after}.weight"
+        if not self.taps or names in self.tapped:
+            return x, norm
+        x = self.rms(x, norm) if norm else x
+        self.tapped[names] = f"tap.{names[0]}"
+        shape = ["batch", f"tokens.{names[0]}", matrix.inputs]
+        self.output(self.op("Identity", x), self.tapped[names], "float32", shape)
+        return x, None
 
-    def _piece(self, matrix: Matrix, x: ir.Value) -> ir.Value:
-        if matrix.format.bits == 32:
-            return self.op("FusedMatMul", x, self._external(matrix.values), domain=MICROSOFT, transB=1)
-        zeros = None if matrix.zeros is None else self._external(matrix.zeros.flat())
-        return self.op(
-            "MatMulNBits", x, self._external(matrix.values), self._external(matrix.scales.flat()), zeros,
-            domain=MICROSOFT, K=matrix.inputs, N=matrix.outputs, bits=matrix.format.bits,
-            block_size=matrix.format.group, accuracy_level=4,
-        )  # fmt: skip
+    def _product(
+        self, matrix: Matrix, x: ir.Value, norm: Norm | None = None, bias: ir.Value | None = None,
+        residual: ir.Value | None = None, activation: int = 0,
+    ) -> ir.Value:  # fmt: skip
+        values = self._external(matrix.values)
+        if matrix.layout is not None:
+            return self.op(
+                "QuantizedLinear", x, values, norm and norm.weight, bias, residual, domain=KERNELS,
+                epsilon=norm.epsilon if norm else 0.0, activation=activation, **vars(matrix.layout),
+            )  # fmt: skip
+        y = self.op("FusedMatMul", self.rms(x, norm) if norm else x, values, domain=MICROSOFT, transB=1)
+        for term in (bias, residual):
+            y = y if term is None else self.op("Add", y, term)
+        return y
 
     def _external(self, stored: Stored) -> ir.Value:
         if stored.name not in self._initializers:

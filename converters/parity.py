@@ -9,19 +9,20 @@ module knows nothing about recipes, formats or families.
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from shoal.runtime import prepack
+from shoal.runtime import kernels, prepack
 from shoal.runtime.card import Card
 from shoal.runtime.errors import ConvertError
 from shoal.runtime.events import Event, Progress, silent
 from shoal.runtime.language.cache import Cache
 from shoal.runtime.language.decoder import Decoder
 from shoal.runtime.language.tokens import Tokenizer
+from shoal.runtime.portable import portable
 from shoal.runtime.session import Place, Session, open_graph, read
 
 from .report import Parity
@@ -110,18 +111,20 @@ def _texts(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.
 
 @contextmanager
 def whole(graph: bytes, weights: Weights, places: Mapping[str, Place], folder: Path) -> Iterator[Session]:
-    """The bundle's graph, opened. Repacked weights that would take much private memory are mapped from a file in
-    `folder`, as on a device; opening the same graph again finds them there."""
-    if weights.exact or os.name != "posix" or prepack.estimate(read(graph, places)).repacked <= PRIVATE:
-        with open_graph(graph, places, repack=not weights.exact) as opened:
-            yield opened
-        return
-    prepared = prepack.prepare(graph, places, folder, key=places["weights"].path)
-    try:
-        with open_graph(prepared.graph, prepared.places) as opened:
-            yield opened
-    finally:
-        prepared.close()
+    """The bundle's graph, opened as on a device: without the kernels' library it is lowered, and repacked weights that
+    would take much private memory are mapped. Both files lie in `folder`; opening the same graph again finds them."""
+    key = places["weights"].path
+    with ExitStack() as stack:
+        if not kernels.available():
+            lowered = portable(graph, places, folder, key)
+            stack.callback(lowered.close)
+            graph, places = lowered.graph, lowered.places
+        repack = not weights.exact
+        if repack and os.name == "posix" and prepack.estimate(read(graph, places)).repacked > PRIVATE:
+            prepared = prepack.prepare(graph, places, folder, key)
+            stack.callback(prepared.close)
+            graph, places = prepared.graph, prepared.places
+        yield stack.enter_context(open_graph(graph, places, repack=repack))
 
 
 def _relative_error(expected: list[np.ndarray], found: list[np.ndarray], block: int) -> float:

@@ -6,32 +6,58 @@ A recipe decides the format of every tensor. It knows nothing about files, graph
 import dataclasses
 import fnmatch
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from shoal.runtime.errors import UsageError
+from shoal.runtime.kernels.layout import BLOCK, MAX_SPAN, LinearFormat
 
 METHODS = ("rtn", "gptq")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight matrix is stored: 32 is fp32; 8 or 4 are integers in groups of `group` inputs with one fp32 scale
-    each and, unless `symmetric`, one zero point."""
+    """How a weight matrix is stored: 32 is fp32, anything less integers as runtime/kernels/linear.h tells.
+
+    With 4, 3 or 2 bits each `group` of inputs has a multiplier and, unless `symmetric`, a zero point, and each `span`
+    of them an fp32 scale. With 8 bits a group has the scale itself. 0 is the usual: groups of 32, all else whole rows.
+    What is `rotated` loses less: outliers, of weights and of activations, are spread over 64 inputs.
+    """
 
     bits: int = 32
-    group: int = 32
+    group: int = 0
     symmetric: bool = False
+    span: int = 0
+    rotated: bool = True
 
     def __post_init__(self):
-        if self.bits not in (32, 8, 4):
-            raise _refuse(f"bits is {self.bits!r}", "one of 32, 8 and 4")
-        if self.group not in (16, 32, 64, 128, 256):
-            raise _refuse(f"group is {self.group!r}", "one of 16, 32, 64, 128 and 256")
+        if self.bits not in (32, 8, 4, 3, 2):
+            raise _refuse(f"bits is {self.bits!r}", "one of 32, 8, 4, 3 and 2")
+        if self.group not in (0, 32, 64, 128, 256):
+            raise _refuse(f"group is {self.group!r}", "one of 32, 64, 128 and 256, or 0 for the usual")
+        if self.bits < 8 and not self.group:
+            object.__setattr__(self, "group", 32)
+        if self.span and self.bits >= 8:
+            raise _refuse(f"span is {self.span!r} with {self.bits} bits", "0: there, a scale is the group's")
+        if not 0 <= self.span <= MAX_SPAN or self.span % max(BLOCK, self.group):
+            raise _refuse(f"span is {self.span!r}", f"0 or a multiple of {BLOCK} and of group, up to {MAX_SPAN}")
 
     def __str__(self):
-        return "fp32" if self.bits == 32 else f"int{self.bits}g{self.group}{'s' if self.symmetric else ''}"
+        if self.bits == 32:
+            return "fp32"
+        group, span = f"g{self.group}" if self.group else "", f"x{self.span}" if self.span else ""
+        return f"int{self.bits}{group}{span}{'s' if self.symmetric else ''}"
+
+    def layout(self, inputs: int, outputs: int) -> LinearFormat:
+        """A matrix [outputs, inputs] in this format of less than 32 bits. A group or span is never longer than a row,
+        and a group that does not divide its span is halved until it does; a scale has 64 inputs at least."""
+        whole = -(-inputs // BLOCK) * BLOCK
+        wanted = max(self.group, BLOCK) if self.bits == 8 and self.group else self.span
+        span = min(wanted or whole, whole, MAX_SPAN)
+        group = span if self.bits == 8 else math.gcd(self.group, span)
+        return LinearFormat(inputs, outputs, self.bits, group, span, int(self.rotated and inputs % BLOCK == 0))
 
 
 @dataclass(frozen=True)
@@ -52,10 +78,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`linear` is the format of the blocks' matrices, `embedding` and `head` have their own (a tied head is the
-    embedding); the first of `rules` whose pattern matches a tensor's name outranks them. `method` rounds: `rtn` to
-    nearest, `gptq` with second-order error feedback from calibration text (Frantar et al. 2022). `smooth` first moves
-    what makes channels unequal out of the activations into the weights (Xiao et al. 2023), by calibration text too."""
+    """`linear` is the format of the blocks' matrices, `embedding` and `head` have their own (one matrix that is both is
+    in the head's, since every step reads it whole); the first of `rules` whose pattern matches a tensor's name outranks
+    them. `method` rounds: `rtn` to nearest, `gptq` with second-order error feedback from calibration text (Frantar et
+    al. 2022). `smooth` first moves what makes channels unequal out of the activations into the weights (Xiao et al.
+    2023), by calibration text too."""
 
     name: str = "fp32"
     version: int = 1
@@ -92,8 +119,8 @@ _INT8, _INT4 = Format(8), Format(4)
 NAMED = {
     "fp32": Recipe(),
     "int8": Recipe("int8", linear=_INT8, embedding=_INT8, head=_INT8, smooth=True),
-    "int4": Recipe("int4", linear=_INT4, embedding=_INT8, head=_INT8),
-    "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_INT8, head=_INT8, method="gptq", smooth=True),
+    "int4": Recipe("int4", linear=_INT4, embedding=_INT8, head=_INT4, smooth=True),
+    "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_INT8, head=_INT4, method="gptq"),
 }
 
 

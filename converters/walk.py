@@ -5,14 +5,17 @@ hidden states of some thousand tokens, whatever the model's size. It knows nothi
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
+from shoal.runtime import kernels
 from shoal.runtime.card import Card
 from shoal.runtime.language.decoder import rotary
+from shoal.runtime.portable import portable
 from shoal.runtime.session import Place, Session, open_graph
 
 from .graph import GraphBuilder
@@ -52,6 +55,19 @@ class Scratch:
         self._file.close()
 
 
+@contextmanager
+def opened(graph: bytes, places: Mapping[str, Place], repack: bool) -> Iterator[Session]:
+    """The graph, opened. Without the kernels' library it is lowered, over a scratch folder beside the weights."""
+    with ExitStack() as stack:
+        if not kernels.available():
+            beside = Path(places["weights"].path).parent
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".shoal-", dir=beside))
+            lowered = portable(graph, places, folder)
+            stack.callback(lowered.close)
+            graph, places = lowered.graph, lowered.places
+        yield stack.enter_context(open_graph(graph, places, repack=repack))
+
+
 class Walk:
     """One model on its way through its blocks: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went."""
 
@@ -61,24 +77,29 @@ class Walk:
 
     def advance(self, blocks: range, stored: Stored | Scratch) -> None:
         """Runs `blocks` on every text."""
-        with open_graph(self.graph(blocks, stored.weights).serialize(), stored.places, repack=stored.repack) as opened:
+        graph = self.graph(blocks, stored.weights).serialize()
+        with opened(graph, stored.places, stored.repack) as session:
             for index, x in enumerate(self.hidden):
-                self.hidden[index] = opened.run(self.feeds(x, blocks), ["hidden_out"])["hidden_out"]
+                self.hidden[index] = session.run(self.feeds(x, blocks), ["hidden_out"])["hidden_out"]
 
     def inputs(self, blocks: range, stored: Stored | Scratch) -> Iterator[dict[Names, np.ndarray]]:
-        """For each text the input, fp32 [tokens, inputs], of every product of `blocks`, by its matrices' names. Stays
-        where it is."""
-        g = self.graph(blocks, stored.weights, taps=True)
-        with open_graph(g.serialize(), stored.places, repack=stored.repack) as opened:
+        """For each text the input, fp32 [tokens, inputs], of every product of `blocks`, by its matrices' names; behind
+        the last block, of the head. Stays where it is."""
+        last = blocks.start == self.card.blocks
+        g = GraphBuilder("end", stored.weights, taps=True) if last else self.graph(blocks, stored.weights, taps=True)
+        if last:
+            self.architecture.build(g, self.card, blocks)
+        with opened(g.serialize(), stored.places, stored.repack) as session:
             for x in self.hidden:
-                seen = opened.run(self.feeds(x, blocks), list(g.tapped.values()))
-                yield {names: seen.pop(output)[0] for names, output in g.tapped.items()}
+                rows = {"rows": np.arange(x.shape[1])} if last else {}
+                seen = session.run(self.feeds(x, blocks) | rows, list(g.tapped.values()))
+                yield {names: seen.pop(output).reshape(x.shape[1], -1) for names, output in g.tapped.items()}
 
-    def end(self, stored: Stored | Scratch) -> Session:
+    def end(self, stored: Stored | Scratch) -> AbstractContextManager[Session]:
         """The graph that makes logits or embeddings of the last block's stream."""
         g = GraphBuilder("end", stored.weights)
         self.architecture.build(g, self.card, range(self.card.blocks, self.card.blocks))
-        return open_graph(g.serialize(), stored.places, repack=stored.repack)
+        return opened(g.serialize(), stored.places, stored.repack)
 
     def graph(self, blocks: range, weights: Weights, taps: bool = False) -> GraphBuilder:
         """The graph of `blocks`, which gives the stream after them; what it needs is stored in `weights`."""

@@ -5,9 +5,8 @@ the recipe says, appends it to the section and remembers where it lies. So conve
 and a second graph over the same weights costs nothing. It knows nothing about operators or files' headers.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from shoal.runtime.errors import ConvertError
 from shoal.runtime.events import Event, Progress, silent
+from shoal.runtime.kernels.layout import PANEL, Codes, LinearFormat, pack
 
 from .quantize import gptq, rtn
 from .recipe import Format, Recipe
@@ -40,49 +40,18 @@ class Stored:
     offset: int
     length: int
 
-    def reshaped(self, name: str, shape: tuple[int, ...]) -> "Stored":
-        """The same bytes under another name and shape."""
-        return dataclasses.replace(self, name=name, shape=shape)
-
-    def rows(self, start: int, stop: int) -> "Stored":
-        """Rows [start:stop]."""
-        row = self.length // self.shape[0]
-        shape = (stop - start, *self.shape[1:])
-        return Stored(
-            f"{self.name}[{start}:{stop}]", self.dtype, shape, self.offset + start * row, (stop - start) * row
-        )
-
-    def flat(self) -> "Stored":
-        return self.reshaped(f"{self.name}.flat", (math.prod(self.shape),))
-
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix [outputs, inputs]: `values` are fp32 [outputs, inputs] or codes uint8 [outputs, groups, bytes of a
-    group], low nibble first; `scales` fp32 and `zeros` (packed like the codes) are [outputs, ..]:
-    w = scale * (code - zero)."""
+    """A matrix [outputs, inputs]: `values` are fp32 [outputs, inputs], or bytes as `layout` has them. Of one that is
+    `gated` the panels are a gate's and its up's in turn."""
 
     format: Format
     outputs: int
     inputs: int
     values: Stored
-    scales: Stored = None  # type: ignore[assignment]
-    zeros: Stored | None = None
-
-    def split(self, most: int) -> "list[Matrix]":
-        """The matrix in pieces of whole rows whose values are at most `most` bytes each."""
-        step = -(-self.outputs // -(-self.values.length // most))
-        if step >= self.outputs:
-            return [self]
-        found = []
-        for start in range(0, self.outputs, step):
-            stop = min(start + step, self.outputs)
-            parts = [part.rows(start, stop) for part in self.parts()]
-            found.append(Matrix(self.format, stop - start, self.inputs, *parts))
-        return found
-
-    def parts(self) -> tuple[Stored, ...]:
-        return tuple(part for part in (self.values, self.scales, self.zeros) if part is not None)
+    layout: LinearFormat | None = None
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,13 +98,14 @@ class Weights:
         """Vectors in fp32, one behind the other."""
         return self._keep(names, lambda: np.concatenate([self._read(name) for name in names]))
 
-    def matrix(self, names: tuple[str, ...], role: str = "linear") -> Matrix:
-        """The matrices `names` [outputs, inputs] stacked by rows, in the recipe's format for the first name."""
+    def matrix(self, names: tuple[str, ...], role: str = "linear", gated: bool = False) -> Matrix:
+        """The matrices `names` [outputs, inputs] stacked by rows, in the recipe's format for the first name. With
+        `gated` they are a gate and its up, whose panels alternate where the format has panels and these are whole."""
         if names not in self.matrices:
-            self.matrices[names] = self._store(names, self.recipe.format(names[0], role))
+            self.matrices[names] = self._store(names, self.recipe.format(names[0], role), gated)
         return self.matrices[names]
 
-    def _store(self, names: tuple[str, ...], format: Format) -> Matrix:
+    def _store(self, names: tuple[str, ...], format: Format, gated: bool) -> Matrix:
         inputs = self.shapes[names[0]][1]
         outputs = sum(self.shapes[name][0] for name in names)
         label = "+".join((names[0], *(name.rsplit(".", 2)[-2] for name in names[1:])))
@@ -146,27 +116,26 @@ class Weights:
             return Matrix(
                 format, outputs, inputs, Stored(label, "float32", (outputs, inputs), start, self.sink.tell() - start)
             )
-        scales, zeros = [], []
+        layout = format.layout(inputs, outputs)
         hessian = self.hessians.get(names)
         rounding = gptq.Rounding(hessian, format) if hessian is not None else None
-        for rows in self._slices(names):
-            codes = rounding.quantize(rows) if rounding else rtn.quantize(rows, format)
-            self.sink.write(rtn.pack(codes.values, format.bits))
-            scales.append(codes.scales)
-            zeros.append(codes.zeros)
-        groups = -(-inputs // format.group)
-        blob = format.group * format.bits // 8
-        values = Stored(f"{label}.codes", "uint8", (outputs, groups, blob), start, self.sink.tell() - start)
-        stored_scales = self._write(f"{label}.scales", np.concatenate(scales))
-        stored_zeros = (
-            None if format.symmetric else self._write(f"{label}.zeros", rtn.pack(np.concatenate(zeros), format.bits))
+
+        def rounded(names: tuple[str, ...]) -> Iterator[Codes]:
+            for rows in self._slices(names):
+                yield rounding.quantize(rows) if rounding else rtn.quantize(rows, format)
+
+        gated = gated and not self.shapes[names[0]][0] % PANEL
+        parts = map(_alternating, rounded(names[:1]), rounded(names[1:])) if gated else rounded(names)
+        for codes in _whole_panels(parts):
+            self.sink.write(pack(layout, codes))
+        return Matrix(
+            format, outputs, inputs, Stored(label, "uint8", (layout.bytes,), start, layout.bytes), layout, gated
         )
-        return Matrix(format, outputs, inputs, values, stored_scales, stored_zeros)
 
     def _slices(self, names: tuple[str, ...]) -> Iterator[np.ndarray]:
         for name in names:
             rows, columns = self.shapes[name]
-            step = max(1, SLICE_BYTES // (4 * columns))
+            step = max(PANEL, SLICE_BYTES // (4 * columns) // PANEL * PANEL)
             for start in range(0, rows, step):
                 part = self._read(name, start, min(start + step, rows))
                 if name in self.factors.columns:
@@ -201,3 +170,26 @@ class Weights:
     def _align(self) -> int:
         self.sink.write(bytes(-self.sink.tell() % ALIGNMENT))
         return self.sink.tell()
+
+
+def _alternating(gate: Codes, up: Codes) -> Codes:
+    """The panels of two matrices in turn."""
+
+    def merge(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.stack([part.reshape(-1, PANEL, part.shape[1]) for part in (a, b)], 1).reshape(-1, a.shape[1])
+
+    return Codes(*map(merge, gate, up))
+
+
+def _whole_panels(parts: Iterable[Codes]) -> Iterator[Codes]:
+    """The same rows in slices of whole panels; only the last may be ragged."""
+    held: Codes | None = None
+    for codes in parts:
+        if held is not None:
+            codes = Codes(*map(np.concatenate, zip(held, codes, strict=True)))
+        whole = len(codes.values) // PANEL * PANEL
+        if whole:
+            yield Codes(*(part[:whole] for part in codes))
+        held = Codes(*(part[whole:] for part in codes)) if whole < len(codes.values) else None
+    if held is not None:
+        yield held

@@ -37,7 +37,8 @@ class Sizes:
     """What a bundle brings, in bytes: `weights` mapped from the bundle and read by every step, `row` of the tables for
     each token of a step, `repacked` mapped from the prepared cache, `private` copies that the engine makes where
     nothing is prepared, `tokenizer`, the engine's own, `session`, and its `code`, touched for the first time. `cold` is
-    what is read or held only while the model is prepared and opened, before there is a cache or an activation."""
+    what is read or held only while the model is prepared and opened, before there is a cache or an activation. `graph`
+    is fused (our own operators, which keep least between two of them), lowered (the same in the engine's) or plain."""
 
     weights: int
     row: int = 0
@@ -47,6 +48,7 @@ class Sizes:
     session: int = 0
     code: int = 51 << 18
     cold: int = 0
+    graph: str = "plain"
 
     @property
     def opening(self) -> int:
@@ -123,7 +125,7 @@ def plan(
             found.append(Row("key-value cache", cache_bytes(card, length, count, kind), "anonymous", "elastic",
                              f"{count} x {length} tokens, {kind}"))  # fmt: skip
             found.append(Row("rotary tables", rotary_bytes(card, length), "anonymous", "elastic"))
-        work = activation_bytes(card, block, length, count)
+        work = activation_bytes(card, block, length, count, sizes.graph)
         found.append(Row("activations", work, "anonymous", note=f"chunks of {block} tokens"))
         found.append(Row("tokenizer", sizes.tokenizer, "anonymous"))
         found.append(Row("engine", sizes.session, "anonymous", note="ONNX Runtime's own"))
@@ -184,7 +186,7 @@ def plan(
     raise error
 
 
-def activation_bytes(card: Card, chunk: int, context: int, slots: int) -> int:
+def activation_bytes(card: Card, chunk: int, context: int, slots: int, graph: str = "plain") -> int:
     """Bytes that the engine's arena holds for intermediate values after a step of `chunk` tokens.
 
     ONNX Runtime shares a buffer only among values of one shape and keeps each to the end of a step, so what counts is
@@ -198,10 +200,15 @@ def activation_bytes(card: Card, chunk: int, context: int, slots: int) -> int:
         # Q, K, V, their product, and one row of scores a head; the activation doubles the feed-forward
         floats = stream + 2 * qkv + 2 * card.ffn + card.heads * min(context, chunk)
         return int(_ARENA * 4 * floats * max(chunk, context))
-    scratch = max(2 * q + 3 * kv + qkv, 5 * max(card.ffn, card.hidden) // 16)
-    floats = stream + qkv + 5 * card.ffn + scratch
+    if graph == "fused":
+        # The stream thrice, what attention takes and gives, the gated product; a row's codes and their sums, in bytes
+        floats = 3 * card.hidden + qkv + q + card.ffn + 5 * max(card.ffn, card.hidden) // 16
+    else:
+        scratch = max(2 * q + 3 * kv + qkv, 5 * max(card.ffn, card.hidden) // 16)
+        floats = stream + qkv + (2 if graph == "lowered" else 5) * card.ffn + scratch
     # Beside the arena: each slot's logits and the sampler's copies of them, and what a request's own lists take
-    return int(_ARENA * 4 * floats * max(chunk, slots)) + 4 * card.vocab * 3 * slots + 5 * MIB // 4
+    arena = 1.0 if graph == "fused" else _ARENA  # its scratch is of another heap
+    return int(arena * 4 * floats * max(chunk, slots)) + 4 * card.vocab * 3 * slots + 5 * MIB // 4
 
 
 def parse_size(text: "int | str | None") -> int | None:

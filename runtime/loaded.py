@@ -22,8 +22,11 @@ class Parts:
     mapped: dict[str, str] = field(default_factory=dict)  # row name -> path of the mapped file
     added: dict[str, int] = field(default_factory=dict)  # row name -> anonymous bytes
     placement: dict[str, int] = field(default_factory=dict)  # execution provider -> nodes
+    nodes: tuple = ()  # of the graph, where it is profiled
+    products: list = field(default_factory=list)  # (place, offset, bytes) of the weights that our products read whole
     load_s: float = 0.0
     prepared: Prepared | None = None
+    kept: list = field(default_factory=list)  # what else is closed with the model
     base: int | None = None  # anonymous bytes when loading was done
     code: int | None = field(default_factory=lambda: measure.folder_rss(LIBRARIES))  # of the engine, before loading
 
@@ -69,8 +72,9 @@ class Loaded:
         if not self.closed:
             self.closed = True
             self.bundle.close()
-            if self.parts.prepared:
-                self.parts.prepared.close()
+            for part in (self.parts.prepared, *self.parts.kept):
+                if part is not None:
+                    part.close()
 
     def _open(self) -> None:
         if self.closed:

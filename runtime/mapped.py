@@ -28,12 +28,14 @@ _POPULATE_WRITE = 23  # of madvise, linux/mman.h
 
 @dataclass(frozen=True)
 class Table:
-    """Row r of a table: `stride` bytes from r * stride after `offset` of the file at `path`; there are `rows`."""
+    """Rows of a table at `offset` of the file at `path`: `rows` pieces of `stride` bytes, each of which holds
+    `together` rows that can be picked."""
 
     path: str
     offset: int
     stride: int
     rows: int
+    together: int = 1
 
     @property
     def row_bytes(self) -> int:
@@ -58,7 +60,8 @@ class Mapped:
         wanted = np.unique(rows)
         with self._lock:
             for address, table in self.tables.get(name, ()):
-                starts = address + wanted[(wanted >= 0) & (wanted < table.rows)].astype(np.int64) * table.stride
+                pieces = np.unique(wanted // table.together) if table.together > 1 else wanted
+                starts = address + pieces[(pieces >= 0) & (pieces < table.rows)].astype(np.int64) * table.stride
                 for start in starts.tolist():
                     first = start // mmap.PAGESIZE * mmap.PAGESIZE
                     _madvise(first, start + table.stride - first, _POPULATE_WRITE)

@@ -8,7 +8,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from . import budget, measure, prepack, session
+from . import budget, measure, onnx_wire, prepack, session
 from .backends import choose
 from .budget import Plan, Sizes
 from .bundle import Bundle
@@ -17,30 +17,35 @@ from .card import Card
 from .embedding import EmbeddingModel
 from .errors import BudgetError, BundleError, StorageError, UsageError
 from .events import Event, Progress, silent
+from .kernels import available, lower
 from .language.cache import Cache
 from .language.decoder import Decoder
 from .language.model import LanguageModel
 from .language.tokens import Tokenizer
 from .loaded import Parts
 from .mapped import ALWAYS
+from .portable import portable
 
 _TOKENIZER = 1 << 19  # its code and the heap's slack, beside its tables
 _ENGINE = 19 << 18  # what an ORT environment and session hold, and for each node of the graph:
 _ENGINE_NODE = 4 << 10
+_CODE = 42 << 18  # of the engine and the kernels, where these do the work
 _PIECE = 1 << 10  # what whole pages add to a node's weights
 
 
 def load(
     path: str | Path, memory: int | str | None = None, backend: str = "auto", *, context: int | None = None,
     slots: int = 1, kv: str = "fp32", chunk: int | None = None, threads: int = 0, queue: int = 256,
-    prepare: bool = True, progress: Progress = silent,
+    prepare: bool = True, kernels: str = "auto", profile: str | None = None, progress: Progress = silent,
 ) -> LanguageModel | EmbeddingModel:  # fmt: skip
     """Opens a bundle inside `memory` (bytes, "200MB", or None for no budget).
 
-    `context` tokens and `slots` conversations at once decide the key-value cache, kept as `kv` (fp32 or int8); `chunk`
-    is the most tokens of one prefill step; `threads` 0 takes every core; `queue` is how many requests may wait for a
-    slot. `prepare` False skips the cache of repacked weights and pays for it in private memory; so does a cache folder
-    that is full or cannot be used, which an event reports.
+    `context` tokens and `slots` conversations at once decide the key-value cache, kept as `kv` (fp32, fp16 or int8);
+    `chunk` is the most tokens of one prefill step; `threads` 0 takes every core; `queue` is how many requests may wait
+    for a slot. `prepare` False skips the cache of repacked weights and pays for it in private memory; so does a cache
+    folder that is full or cannot be used, which an event reports. `kernels` "ort" uses ONNX Runtime's own operators
+    even where ours are there; it needs the cache. `profile` is the prefix of a file of the engine's timings, written by
+    close().
     Raises BundleError, BudgetError, BackendError, UsageError, and StorageError where the budget has no room for that.
     """
     started = time.perf_counter()
@@ -51,7 +56,8 @@ def load(
         bundle = undo.enter_context(Bundle.open(path))
         card = Card.from_json(bundle.bytes(bundle.section("card")))
         graph_bytes, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
-        sizes = _sizes(card, graph_bytes, places, prepare)
+        ours = _ours(kernels, graph_bytes, places)
+        sizes = _sizes(card, graph_bytes, places, prepare, ours)
         size = budget.parse_size(memory)
 
         def replan(memory: int | None = size, context: int | None = context, **given) -> Plan:
@@ -63,11 +69,16 @@ def load(
         tokenizer = Tokenizer.from_json(bundle.bytes(bundle.section("tokenizer")))
         session.release_freed_memory()  # of the section's bytes
         parts.grew("tokenizer", before)
-        if prepare:
+        if not ours:
+            transcoded = portable(graph_bytes, places, key=bundle.digest, progress=progress)
+            undo.callback(transcoded.close)
+            graph_bytes, places = transcoded.graph, transcoded.places
+            parts.kept.append(transcoded)
+        if prepare and sizes.repacked:
             try:
                 parts.prepared = prepack.prepare(graph_bytes, places, key=bundle.digest, progress=progress)
             except StorageError as error:  # no cache to be had: as many bytes of private memory, and the plan says so
-                sizes = _sizes(card, graph_bytes, places, prepare=False)
+                sizes = _sizes(card, graph_bytes, places, False, True)
                 try:
                     parts.plan = replan()
                 except BudgetError as refused:
@@ -80,9 +91,12 @@ def load(
                 parts.mapped["repacked weights"] = str(parts.prepared.path)
         progress(Event("load", detail=bundle.path.name))
         bundle.check_unchanged()
-        graph = undo.enter_context(session.open_graph(graph_bytes, places, threads=threads))
+        graph = undo.enter_context(session.open_graph(graph_bytes, places, threads=threads, profile=profile))
         bundle.check_unchanged()
         parts.placement = graph.placement()
+        opened = session.read(graph_bytes, places)
+        parts.products = session.products(opened, places)
+        parts.nodes = opened.nodes if profile is not None else ()
         parts.grew("private weights" if sizes.private else "engine", before)
         made: LanguageModel | EmbeddingModel
         if card.task == "embed":
@@ -100,12 +114,13 @@ def load(
 
 def plan(
     path: str | Path, memory: int | str | None = None, *, context: int | None = None, slots: int = 1, kv: str = "fp32",
-    chunk: int | None = None, prepare: bool = True,
+    chunk: int | None = None, prepare: bool = True, kernels: str = "auto",
 ) -> Plan:  # fmt: skip
     """What `load` with the same arguments would use, without loading anything."""
     with Bundle.open(path) as bundle:
         card = Card.from_json(bundle.bytes(bundle.section("card")))
-        sizes = _sizes(card, bundle.bytes(_graph(bundle, card, kv)), _places(bundle), prepare)
+        graph, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
+        sizes = _sizes(card, graph, places, prepare, _ours(kernels, graph, places))
         size = budget.parse_size(memory)
         return budget.plan(card, sizes, memory=size, context=context, slots=slots, kv=kv, chunk=chunk)
 
@@ -119,12 +134,25 @@ def _places(bundle: Bundle) -> dict[str, session.Place]:
     }
 
 
-def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool) -> Sizes:
-    """The bytes that loading this graph brings, by its shapes alone."""
+def _ours(kernels: str, graph: bytes, places: dict[str, session.Place]) -> bool:
+    """Whether this graph runs as it is: by our kernels, or because it has no operator of theirs. Raises UsageError."""
+    if kernels not in ("auto", "ort"):
+        raise UsageError(f"There are no kernels {kernels!r}.", "They are auto or ort.", "Name one.")
+    return (kernels == "auto" and available()) or not lower.is_ours(session.read(graph, places))
+
+
+def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool, ours: bool) -> Sizes:
+    """The bytes that loading this graph brings, by its shapes alone; unless it is `ours`, lowered."""
     model = session.read(graph, places)
+    if not ours:
+        lowered = lower.lower(model)
+        # Where it will be does not matter: nothing of it is read
+        places = places | {lower.LOCATION: session.Place(lower.LOCATION, 0, lowered.length)}
+        model = onnx_wire.read(lowered.graph, {name: place.length for name, place in places.items()})
     guess = prepack.estimate(model)
     tables = session.tables(model, places)
-    repacked = guess.repacked + _PIECE * len(model.nodes)
+    fused = any(node.op == "QuantizedLinear" for node in model.nodes)
+    repacked = guess.repacked and guess.repacked + _PIECE * len(model.nodes)
     vectors = sum(table.row_bytes for table in tables.pop(ALWAYS))
     gathered = [table for found in tables.values() for table in found]
     return Sizes(
@@ -135,11 +163,13 @@ def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: 
         tokenizer=card.tokenizer_bytes + _TOKENIZER,
         session=_ENGINE + _ENGINE_NODE * len(model.nodes) + vectors,
         cold=max(guess.cold, 3 * guess.largest) if prepare else guess.cold,
+        graph="lowered" if not ours else "fused" if fused else "plain",
+        code=_CODE if fused else Sizes.code,
     )
 
 
 def _graph(bundle: Bundle, card: Card, kv: str) -> BundleSection:
-    name = "embed" if card.task == "embed" else "decode" if kv != "int8" else "decode.int8"
+    name = "embed" if card.task == "embed" else "decode" if kv == "fp32" else f"decode.{kv}"
     for graph in bundle.graphs:
         if graph.name == name:
             return bundle.section("graph", graph.section)

@@ -9,8 +9,11 @@ The field numbers are those of onnx.proto (IR version 12); the encoding is the P
 that is not in the table is refused: a newer field could hold a tensor that this walk would not see.
 """
 
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from .errors import BundleError
 
@@ -73,7 +76,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A top-level node; `integers` are its integer attributes. `span` is its field in the model."""
+    """A top-level node; `integers` and `floats` are its attributes of these kinds. `span` is its field in the model."""
 
     op: str
     domain: str
@@ -81,6 +84,7 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     integers: dict[str, int] = field(compare=False)
+    floats: dict[str, float] = field(compare=False)
     span: tuple[int, int] = field(compare=False)
 
 
@@ -144,6 +148,46 @@ def relocate(model: Model, change: Callable[[Tensor], External | None]) -> bytes
             at = tensor.span[1]
     pieces.append(data[at:stop])
     return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
+
+
+def rewrite(
+    model: Model, nodes: Mapping[Node, Iterable[bytes]], tensors: Iterable[bytes], drop: Iterable[str]
+) -> bytes:
+    """The model with some nodes replaced by others (NodeProtos, in their place), further `tensors` (TensorProtos) and
+    without the initializers named in `drop`."""
+    data, (key, start, stop), dropped = model.data, model.graph, set(drop)
+    changes = [(node.span, b"".join(_message(1, one) for one in made)) for node, made in nodes.items()]
+    changes += [(tensor.span, b"") for tensor in model.tensors if tensor.name in dropped]
+    pieces, at = [], start
+    for span, made in sorted(changes):
+        pieces += [data[at : span[0]], made]
+        at = span[1]
+    pieces += [data[at:stop], *(_message(5, tensor) for tensor in tensors)]
+    return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
+
+
+def node_bytes(op: str, inputs: Iterable[str], outputs: Iterable[str], domain: str = "", name: str = "", **attributes):
+    """A NodeProto; attributes are integers, floats or texts, and those that are None are left out."""
+    out = b"".join(_message(1, text.encode()) for text in inputs) + b"".join(_message(2, t.encode()) for t in outputs)
+    out += _message(3, name.encode()) + _message(4, op.encode()) + _message(7, domain.encode())
+    for key, value in attributes.items():
+        if isinstance(value, float):
+            payload = b"\x15" + struct.pack("<f", value) + b"\xa0\x01\x01"
+        elif isinstance(value, int):
+            payload = b"\x18" + _varint(value & 0xFFFFFFFFFFFFFFFF) + b"\xa0\x01\x02"
+        elif value is not None:
+            payload = _message(4, value.encode()) + b"\xa0\x01\x03"
+        else:
+            continue
+        out += _message(5, _message(1, key.encode()) + payload)
+    return out
+
+
+def array_bytes(name: str, array: np.ndarray) -> bytes:
+    """A TensorProto of float32 or int64, its bytes in the model."""
+    out = b"".join(b"\x08" + _varint(dim) for dim in array.shape)
+    out += b"\x10" + _varint({"float32": 1, "int64": 7}[array.dtype.name]) + _message(8, name.encode())
+    return out + _message(9, np.ascontiguousarray(array).tobytes())
 
 
 def single(model: Model, node: Node, tensors: Iterable[Tensor], inputs: Mapping[str, int]) -> bytes:
@@ -302,6 +346,7 @@ class _Walk:
         text = {3: "", 4: "", 7: ""}
         inputs, outputs = [], []
         integers: dict[str, int] = {}
+        floats: dict[str, float] = {}
         for number, begin, end, key in self.fields("node", start, stop, 2):
             if number in (1, 2, 3, 4, 7) and self.data[key] & 7 != 2:
                 raise _refuse("node", f"field {number} is not text")
@@ -312,11 +357,11 @@ class _Walk:
             elif number in text:
                 text[number] = self.text(begin, end, "node")
             elif number == 5:
-                self.attribute(begin, end, integers)
-        return Node(text[4], text[7], text[3], tuple(inputs), tuple(outputs), integers, (at, stop))
+                self.attribute(begin, end, integers, floats)
+        return Node(text[4], text[7], text[3], tuple(inputs), tuple(outputs), integers, floats, (at, stop))
 
-    def attribute(self, start: int, stop: int, integers: dict[str, int]) -> None:
-        name, value = "", None
+    def attribute(self, start: int, stop: int, integers: dict[str, int], floats: dict[str, float]) -> None:
+        name, value, real = "", None, None
         for number, begin, end, key in self.fields("attribute", start, stop, 3):
             wire = self.data[key] & 7
             inside = _FIELDS["attribute"][number]
@@ -326,6 +371,10 @@ class _Walk:
                 name = self.text(begin, end, "attribute name")
             elif number == 3 and wire == 0:
                 value = self.varint(begin, end, "attribute")[0]
+            elif number == 2 and wire == 5:
+                real = struct.unpack("<f", self.data[begin:end])[0]
+        if real is not None:
+            floats[name] = real
         if value is not None:
             integers[name] = value - (1 << 64) if value >> 63 else value
 

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime
 
-from . import mapped, onnx_wire
+from . import kernels, mapped, onnx_wire
 from .errors import BackendError, BundleError, ShoalError, UsageError
+from .kernels.layout import PANEL
 from .mapped import ALWAYS, Mapped, Table
 
 CPU = "CPUExecutionProvider"
-LIBRARIES = [os.path.dirname(str(package.__file__)) for package in (onnxruntime, np)]  # whose code a model runs
+LIBRARIES = [
+    os.path.dirname(str(package.__file__)) for package in (onnxruntime, np, kernels)
+]  # whose code a model runs
 _OPENING = threading.Lock()
+_LINEAR, _ROWS = "QuantizedLinear", "QuantizedRows"
 _VECTOR = 256 << 10  # bytes of the longest weight that is a norm's or a bias
 _DTYPES = {
     "float": np.float32, "double": np.float64, "float16": np.float16, "int8": np.int8, "uint8": np.uint8,
@@ -65,13 +69,13 @@ class Value:
 
 def open_graph(
     graph: bytes, places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False, provider: str = CPU,
-    provider_options: Mapping[str, str] | None = None, whole: bool = False, custom_ops: Sequence[str] = (),
+    provider_options: Mapping[str, str] | None = None, whole: bool = False,
     profile: str | None = None, repack: bool = True,
 ) -> "Session":  # fmt: skip
     """Opens ModelProto bytes whose external data is in `places`.
 
     `threads` (0: one a core) includes the caller's; with `spinning` they burn the time between two operators. `whole`
-    refuses a graph of which `provider` would leave nodes to the CPU. `custom_ops` are libraries of operators, `profile`
+    refuses a graph of which `provider` would leave nodes to the CPU. `profile` is
     the prefix of a file of ORT's timings, written by close(). Without `repack` weights are used where they lie, which
     saves a copy and is as fast only in fp32. Raises BundleError for a graph that is not one, and
     BackendError where ORT or the provider cannot take it.
@@ -83,8 +87,6 @@ def open_graph(
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if whole and provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        for library in custom_ops:
-            options.register_custom_ops_library(library)
         if not repack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if profile is not None:
@@ -103,19 +105,39 @@ def tables(model: onnx_wire.Model, places: Mapping[str, Place]) -> dict[str, lis
     """The mapped tables of which a step reads single rows, by the name of the value that picks them; under ALWAYS the
     vectors (norms, biases) that every step reads, each as a table of one row."""
     tensors = {tensor.name: tensor for tensor in model.tensors if tensor.external}
+    # What the engine repacks it reads from its copies; our product reads its weights where they lie, all of them
+    whole = {name for node in model.nodes if node.op == _LINEAR for name in node.inputs[1:2]}
     found: dict[str, dict[str, Table]] = {ALWAYS: {}}
     for node in model.nodes:
         axis = {"Gather": "axis", "GatherBlockQuantized": "gather_axis"}.get(node.op)
+        # A node that lacks the input is left for the engine to refuse
+        picks = next(iter(node.inputs[1 if axis else 0 :]), ALWAYS) if axis or node.op == _ROWS else ALWAYS
         if "MatMul" in node.op or "Gemm" in node.op or (axis and node.integers.get(axis, 0)):
             continue
-        for tensor in (tensors[name] for name in node.inputs if name in tensors):
+        for tensor in (tensors[name] for name in node.inputs if name in tensors and name not in whole):
             assert tensor.external is not None
-            place, rows = places[tensor.external.location], tensor.dims[0] if axis and tensor.dims else 1
-            if place.prepared or not rows or not (axis or tensor.nbytes <= _VECTOR):
+            place, rows, together = places[tensor.external.location], 1, 1
+            if axis:
+                rows = tensor.dims[0] if tensor.dims else 1
+            elif node.op == _ROWS:
+                together = PANEL
+                rows = -(-node.integers.get("outputs", 0) // PANEL)
+            if place.prepared or rows < 1 or not (picks or tensor.nbytes <= _VECTOR):
                 continue
-            table = Table(place.path, place.offset + tensor.external.offset, tensor.nbytes // rows, rows)
-            found.setdefault(node.inputs[1] if axis else ALWAYS, {})[tensor.name] = table
+            table = Table(place.path, place.offset + tensor.external.offset, tensor.nbytes // rows, rows, together)
+            found.setdefault(picks, {})[tensor.name] = table
     return {name: list(named.values()) for name, named in found.items()}
+
+
+def products(model: onnx_wire.Model, places: Mapping[str, Place]) -> list[tuple[Place, int, int]]:
+    """(place, offset in its file, bytes) of the weights of each QuantizedLinear, once each."""
+    names = dict.fromkeys(node.inputs[1] for node in model.nodes if node.op == _LINEAR)
+    tensors = {tensor.name: tensor.external for tensor in model.tensors if tensor.external and tensor.name in names}
+    return [
+        (place, place.offset + external.offset, external.length)
+        for external in tensors.values()
+        for place in [places[external.location]]
+    ]
 
 
 def read(graph: bytes, places: Mapping[str, Place]) -> onnx_wire.Model:
@@ -129,7 +151,11 @@ def read(graph: bytes, places: Mapping[str, Place]) -> onnx_wire.Model:
             why = f"It has {size} bytes; its weights end at {place.offset + place.length}."
             raise BundleError(f"{place.path} is shorter than it was.", why, "Copy or convert it again.")
     prepared = next((name for name, place in places.items() if place.prepared), None)
-    return onnx_wire.read(graph, {name: place.length for name, place in places.items()}, prepared)
+    model = onnx_wire.read(graph, {name: place.length for name, place in places.items()}, prepared)
+    if unknown := {node.op for node in model.nodes if node.domain == kernels.DOMAIN} - kernels.OPERATORS:
+        why = f"It has an operator {min(unknown)!r:.40}, which this version does not know."
+        raise BundleError("The model's graph cannot be used.", why, "Install a newer shoal, or convert it again.")
+    return model
 
 
 def locate(model: onnx_wire.Model, places: Mapping[str, Place]) -> bytes:
@@ -157,12 +183,17 @@ def session_options(*, threads: int = 0, spinning: bool = False) -> "onnxruntime
     # what is live, and every shorter step then fits into it.
     options.enable_mem_pattern = False
     for key, value in (
-        ("session.intra_op.allow_spinning", "1" if spinning else "0"),
+        ("session.intra_op.allow_spinning", "1"),
+        # Within a step the next operator comes in microseconds, sooner than a sleeping thread wakes; between steps, and
+        # beside another busy process, threads must not burn what they do not use
+        ("session.intra_op.spin_duration_us", "2000" if spinning else "50"),
         ("session.model_external_initializers_file_folder_path", "/"),
         ("session.load_model_format", "ONNX"),  # what onnx_wire checked must not be read as another format
         ("session.record_ep_graph_assignment_info", "1"),
     ):
         options.add_session_config_entry(key, value)
+    if kernels.available():
+        options.register_custom_ops_library(str(kernels.LIBRARY))
     return options
 
 

@@ -7,7 +7,10 @@ import shoal
 
 schema = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "minimum": 1000}},
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "people": {"type": "integer", "minimum": 1000, "maximum": 50_000_000},
+    },
     "required": ["city", "people"],
     "additionalProperties": False,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations  # so that a Python that is too old gets as f
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -44,13 +45,13 @@ def enter(*extras: str) -> None:
 
 def prepare(*extras: str) -> None:
     """Makes `.venv` and installs the checkout in it, editable, with `extras`; does nothing where that was done before
-    and pyproject.toml is as it was. Raises SetupError."""
+    and what an install reads is as it was. Raises SetupError."""
     if sys.version_info < (3, 11):  # noqa: UP036  the sentence for whoever has an older one
         raise SetupError(
             f"shoal needs Python 3.11 or later, and this is {sys.version.split()[0]}.\n"
             "Run this with a newer one, such as python3.11."
         )
-    wanted = {"project": hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest(), "extras": sorted(extras)}
+    wanted = {"project": _digest(), "extras": sorted(extras)}
     found = _read_stamp()
     found_extras = found.get("extras", [])
     if PYTHON.exists() and found.get("project") == wanted["project"] and set(extras) <= set(found_extras):
@@ -60,6 +61,16 @@ def prepare(*extras: str) -> None:
         _make()
     _install(wanted["extras"])
     _STAMP.write_text(json.dumps(wanted))
+
+
+def _digest() -> str:
+    """Of what an install reads: the project's description, the kernels it compiles, and whether it can."""
+    kernels = ROOT / "runtime" / "kernels"
+    sources = [path for kind in ("build.py", "*.cpp", "*.h", "*.inl") for path in sorted(kernels.glob(kind))]
+    digest = hashlib.sha256(repr([os.environ.get("CXX"), *map(shutil.which, ("c++", "g++", "clang++"))]).encode())
+    for path in (ROOT / "pyproject.toml", ROOT / "setup.py", *sources):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _read_stamp() -> dict:

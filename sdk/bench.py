@@ -9,61 +9,29 @@ import contextlib
 import json
 import math
 import os
-import select
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from shoal.runtime import measure
-from shoal.runtime.errors import BackendError, MissingPackageError, ShoalError, UsageError
+from shoal.runtime.errors import BackendError, ShoalError, UsageError
 from shoal.runtime.events import Event, Progress, silent
 
 from . import bench_machine as machine
-from .bench_llama_cpp import parse
+from .bench_arms import Arm, Run, ShoalArm, Test, rival
 
-_LONGEST_ANSWER = 1 << 16  # bytes of a line from an engine's process
+__all__ = ["Run", "Test", "load_times", "measure_model", "rival", "run", "sustained"]
+_REST = 0.1  # seconds between two arms: threads that spin in the hope of more work have given up by then
 _WINDOW = 32  # tokens of one figure of a sustained run
 _LOADS = 3  # cold and warm each, of which the median counts
 _STAYED = 0.01  # the share of a file that may stay cached for a load to be called cold
-
-
-@dataclass(frozen=True)
-class Test:
-    """`kind` pp or tg; `tokens` of prompt or of answer; `depth` tokens before them."""
-
-    kind: str
-    tokens: int
-    depth: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
-
-    @property
-    def prompt(self) -> int:
-        """Tokens that are given; an answer needs one at least to begin after."""
-        return self.depth + self.tokens if self.kind == "pp" else max(1, self.depth)
-
-    @property
-    def context(self) -> int:
-        """Tokens that are held at the end."""
-        return self.prompt + 1 + (self.tokens if self.kind == "tg" else 0)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of one test; `first_s` are the seconds to the first token, where the engine tells."""
-
-    tokens_per_s: float
-    first_s: float | None = None
 
 
 @dataclass
@@ -83,161 +51,15 @@ class Result:
         return statistics.stdev(run.tokens_per_s for run in self.runs) if len(self.runs) > 1 else 0.0
 
 
-class Arm(Protocol):
-    """An engine with a model loaded."""
-
-    name: str
-
-    def run(self, test: Test, ids: list[int]) -> Run:
-        """Runs once with the `test.prompt` token ids that every arm gets."""
-
-    def memory(self) -> dict[str, int]:
-        """Bytes that its process holds, where the system tells: anonymous_bytes, mapped_bytes."""
-
-    def close(self) -> None: ...
-
-
-class ShoalArm:
-    """A loaded shoal model through its public API."""
-
-    name = "shoal"
-
-    def __init__(self, model):
-        self.model = model
-
-    def run(self, test: Test, ids: list[int]) -> Run:
-        if test.kind == "pp" and test.depth:
-            self._answer(ids[: test.depth], 1)
-        # The first token comes with the prompt: n + 1 tokens are n steps
-        stats = self._answer(ids, 1 if test.kind == "pp" else test.tokens + 1)
-        speed = stats.prefill_tokens_per_s if test.kind == "pp" else stats.decode_tokens_per_s
-        return Run(speed, stats.time_to_first_token_s)
-
-    def _answer(self, ids: list[int], tokens: int):
-        answer = self.model.generate(ids, max_tokens=tokens, ignore_end=True)
-        answer.finish()
-        return answer.stats
-
-    def memory(self) -> dict[str, int]:
-        return _memory(os.getpid())
-
-    def close(self) -> None:
-        self.model.close()
-
-
-class LlamaCppArm:
-    """llama.cpp through the xllamacpp package, in a process of its own that sleeps while others run.
-
-    `options` are those of bench_llama_cpp.parse, `python` has xllamacpp. What the process says is not trusted: an
-    answer is one bounded line of JSON within `patience` seconds. Raises MissingPackageError, UsageError, BackendError.
-    """
-
-    def __init__(
-        self, gguf: str, options: Sequence[str], *, threads: int, context: int, python: str = sys.executable,
-        patience: float = 900.0,
-    ):  # fmt: skip
-        self.name = " ".join(["llama.cpp", Path(gguf).name, *options])
-        self._patience, self._python = patience, python
-        self._said = tempfile.TemporaryFile()  # what llama.cpp logs, for when it ends
-        worker = Path(__file__).with_name("bench_llama_cpp.py")
-        command = [python, str(worker), gguf, str(threads), str(context), *options]
-        try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
-        except OSError as error:
-            self._said.close()
-            raise UsageError(f"{python} cannot be started.", str(error), "Name a Python that has xllamacpp.") from None
-        try:
-            self._read()
-        except BaseException:
-            self.close()
-            raise
-
-    def run(self, test: Test, ids: list[int]) -> Run:
-        assert self._process.stdin
-        request = {"kind": test.kind, "tokens": test.tokens, "depth": test.depth, "ids": ids}
-        watchdog = threading.Timer(self._patience, self._process.kill)  # a pipe that nobody reads is full one day
-        watchdog.start()
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, and that is told with its reason
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        watchdog.cancel()
-        speed = self._read().get("tokens_per_s")
-        if not isinstance(speed, int | float) or not 0 < speed < math.inf:
-            raise self._failed(f"It answered with a speed of {speed!r:.40}.")
-        return Run(float(speed))
-
-    def _read(self) -> dict:
-        assert self._process.stdout
-        out, line, deadline = self._process.stdout.fileno(), b"", time.monotonic() + self._patience
-        while b"\n" not in line:
-            if not select.select([out], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise self._failed(f"It gave no answer in {self._patience:.0f} s.")
-            part = os.read(out, 4096)
-            line += part
-            if not part:
-                raise self._failed(f"It ended without an answer. {self._last_words()}".strip())
-            if len(line) > _LONGEST_ANSWER:
-                raise self._failed("Its answer is too long.")
-        try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise self._failed("Its answer is not one line of JSON.")
-        if answer.get("missing"):
-            raise MissingPackageError(
-                "llama.cpp needs a package that is not here.", f"{self._python}: {answer.get('error')!s:.200}",
-                "Run: pip install xllamacpp (or give --against-python a Python that has it).",
-            )  # fmt: skip
-        if "error" in answer:
-            raise self._failed(f"{answer['error']!s:.400} {self._last_words()}".strip())
-        return answer
-
-    def _last_words(self) -> str:
-        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - 4096))
-        said = [line for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
-        return said[-1].strip()[:300] if said else ""
-
-    def _failed(self, why: str) -> BackendError:
-        why = "".join(character for character in why if character.isprintable())
-        return BackendError(f"{self.name} cannot be measured.", why, "Check the GGUF file, its options and memory.")
-
-    def memory(self) -> dict[str, int]:
-        return _memory(self._process.pid)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._said):
-            assert pipe
-            with contextlib.suppress(OSError):  # what could not be written is lost
-                pipe.close()
-
-
-def llama_cpp(text: str, python: str = sys.executable) -> Callable[..., LlamaCppArm]:
-    """What makes the arm for "FILE.gguf", or "FILE.gguf -fa off" with options of llama.cpp. Raises UsageError."""
-    path, options = text, list[str]()
-    while not os.path.isfile(path) and " -" in path:
-        path, _, rest = path.rpartition(" -")
-        options = [*f"-{rest}".split(), *options]
-    try:
-        parse(options)
-    except ValueError as error:
-        raise UsageError(f"llama.cpp cannot be run with {' '.join(options)!r}.", f"{error}.", "Correct it.") from None
-    if not os.path.isfile(path):
-        raise UsageError(f"There is no file {path!r}.", "llama.cpp needs one.", "Write --against llama.cpp=FILE.gguf.")
-    return lambda **limits: LlamaCppArm(path, options, python=python, **limits)
-
-
 def run(
     arms: Sequence[Arm], tests: Sequence[Test], repetitions: int = 5, *, vocab: int,
-    stream: machine.Stream | None = None, progress: Progress = silent, stage: str = "bench",
+    stream: machine.Stream | None = None, progress: Progress = silent, stage: str = "bench", seed: int = 7,
 ) -> tuple[list[Result], list[float]]:  # fmt: skip
     """Runs every test `repetitions` times on every arm, arms in turn, all with the same random tokens below `vocab`.
 
     Returns the results and the bytes a second that `stream` read after each repetition of a tg test.
     """
-    draw = np.random.default_rng(7)
+    draw = np.random.default_rng(seed)
     results, speeds, done = list[Result](), list[float](), 0
     for test in tests:
         rows = [Result(arm.name, test) for arm in arms]
@@ -246,6 +68,8 @@ def run(
             for arm, row in zip(arms, rows, strict=True):
                 row.runs.append(arm.run(test, ids))
                 done += 1
+                if len(arms) > 1:
+                    time.sleep(_REST)
                 progress(Event(stage, done, len(arms) * len(tests) * repetitions, f"{arm.name} {test}", "runs"))
             if stream and test.kind == "tg":
                 speeds.append(stream.run())
@@ -338,12 +162,15 @@ def measure_model(
         others = [stack.enter_context(contextlib.closing(make(threads=threads, context=context))) for make in against]
         load_s, note = load_times(bundle, loading, progress)
         before = measure.anonymous_bytes()
+        with contextlib.suppress(OSError):  # what this process held earlier is nothing of the model's
+            Path("/proc/self/clear_refs").write_text("5")
         # Sampling costs a little, so it goes around runs that are not counted
         with measure.PeakAnonymous() as loading_peak:
             model = load(bundle, progress=progress, **loading)
             ours = stack.enter_context(contextlib.closing(ShoalArm(model)))
         with measure.PeakAnonymous() as running_peak:
-            run([ours, *others], tests, 1, vocab=card.vocab, progress=progress, stage="warm up")
+            # Another seed: an engine that keeps prompts would know the first ones
+            run([ours, *others], tests, 1, vocab=card.vocab, progress=progress, stage="warm up", seed=8)
         memory = {arm.name: arm.memory() for arm in (ours, *others)}
         peaks = {
             stage: None if peak.bytes is None or before is None else peak.bytes - before
@@ -414,19 +241,11 @@ def _describe(bundle: str):
 
 
 def _step_ranges(model) -> list[tuple[str, int, int]]:
-    """Where the weights lie that a decode step reads: what was prepared, else the bundle's own."""
+    """Where the weights lie that a decode step reads whole: what was prepared, and of the bundle the products'."""
+    found = []
     if (prepared := model.parts.prepared) and prepared.repacked:
-        return [(str(prepared.path), 0, min(prepared.repacked, os.path.getsize(prepared.path)))]
-    weights = model.bundle.section("weights", "weights")
-    return [(str(model.bundle.path), weights.offset, weights.length)]
-
-
-def _memory(process: int) -> dict[str, int]:
-    try:
-        status = measure.parse_status(Path(f"/proc/{process}/status").read_text(errors="replace"))
-    except OSError:
-        return {}
-    return {"anonymous_bytes": status.get("RssAnon", 0), "mapped_bytes": status.get("RssFile", 0)}
+        found.append((str(prepared.path), 0, min(prepared.repacked, os.path.getsize(prepared.path))))
+    return found + [(place.path, offset, length) for place, offset, length in model.parts.products]
 
 
 def _versions() -> dict[str, str]:

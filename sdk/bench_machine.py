@@ -14,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from shoal.runtime import kernels
+
+_GAP = 64 << 10  # bytes: of what a step reads, norms and biases lie between matrices
+_PASSES = 3  # of a stream read: a limit is what can be reached, not what a disturbed pass did
 _SENSIBLE = (-50.0, 200.0)  # degrees: absent sensors show 0 K or the largest number there is
 
 
@@ -22,23 +26,44 @@ class Stream:
     reads the same bytes. The pages are mapped and brought in when it is made."""
 
     def __init__(self, ranges: Sequence[tuple[str, int, int]], threads: int):
-        maps = [np.memmap(path, np.uint8, "r", offset, (length,)) for path, offset, length in ranges if length >= 64]
+        joined = [(path, offset, length) for path, offset, length in _joined(ranges) if length >= 64]
+        maps = [np.memmap(path, np.uint8, "r", offset, (length,)) for path, offset, length in joined]
+        self._maps, self._threads = maps, threads
         words = [part[: len(part) // 8 * 8].view(np.int32) for part in maps]
-        self._parts = [part for word in words for part in np.array_split(word, 4 * threads) if len(part)]
+        self._parts = [part for word in words for part in np.array_split(word, threads) if len(part)]
         self._pool = ThreadPoolExecutor(threads)
         self.bytes = sum(part.nbytes for part in self._parts)
         self.run()
 
     def run(self) -> float:
-        """Bytes a second of one pass."""
-        started = time.perf_counter()
-        # A sum is a few instructions a cache line: memory is what it waits for
-        list(self._pool.map(lambda part: part.sum(dtype=np.int32), self._parts))
-        return self.bytes / (time.perf_counter() - started)
+        """Bytes a second of the best of a few passes."""
+        best = float("inf")
+        for _ in range(_PASSES):
+            started = time.perf_counter()
+            if kernels.available():
+                for part in self._maps:
+                    kernels.read(part, self._threads)
+            else:
+                # A sum is a few instructions a cache line: memory is what it waits for
+                list(self._pool.map(lambda part: part.sum(dtype=np.int32), self._parts))
+            best = min(best, time.perf_counter() - started)
+        return self.bytes / best
 
     def close(self) -> None:
         self._pool.shutdown()
         self._parts.clear()
+        self._maps.clear()
+
+
+def _joined(ranges: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """The ranges, those with less than _GAP between them as one: a pass over each starts threads."""
+    found: list[tuple[str, int, int]] = []
+    for path, offset, length in sorted(ranges):
+        if found and found[-1][0] == path and offset - sum(found[-1][1:]) < _GAP:
+            found[-1] = (path, found[-1][1], max(found[-1][2], offset + length - found[-1][1]))
+        else:
+            found.append((path, offset, length))
+    return found
 
 
 def drop_cached(path: str | os.PathLike) -> int | None:

@@ -72,7 +72,7 @@ def _markdown(report: dict) -> str:
     for name, held in report["memory"].items():
         if held and against:
             facts[f"process of {name}"] = ", ".join(
-                f"{size(count)} {key.removesuffix('_bytes')}" for key, count in held.items()
+                f"{size(count)} {key.removesuffix('_bytes').replace('_', ' ')}" for key, count in held.items()
             )
     if report.get("sustained"):
         facts["sustained"] = _sustained(report["sustained"])

@@ -19,12 +19,15 @@ def add_loading(parser: argparse.ArgumentParser, slots: bool = True) -> None:
     group.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer (default: what fits)")
     if slots:
         group.add_argument("--slots", type=int, default=1, metavar="N", help="answers at the same time (default: 1)")
-    group.add_argument("--kv", choices=("fp32", "int8"), default="fp32", help="how keys and values are kept")
+    group.add_argument("--kv", choices=("fp32", "fp16", "int8"), default="fp32", help="how keys and values are kept")
+    group.add_argument(
+        "--kernels", choices=("auto", "ort"), default="auto", help="ort: ONNX Runtime's operators, not shoal's own"
+    )
 
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `load` and `plan`; the verbs that only load have `threads` too."""
-    names = ("memory", "context", "slots", "kv", "threads")
+    names = ("memory", "context", "slots", "kv", "kernels", "threads")
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 

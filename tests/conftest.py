@@ -33,6 +33,14 @@ def _own_cache(tmp_path_factory):
     os.environ["SHOAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As on a device where no C++ compiler was found when shoal was installed."""
+    from shoal.runtime import kernels
+
+    monkeypatch.setattr(kernels, "_loaded", lambda: (None, "it was not built: the test says so"))
+
+
 def _model(name: str) -> Path:
     from models import FetchError, fetch
 
@@ -96,6 +104,12 @@ def tiny_bundle(tiny_folder, tmp_path_factory) -> Path:
 def smollm2_bundle(smollm2_gguf, tmp_path_factory) -> Path:
     """`smollm2_gguf` in int4."""
     return _bundle(smollm2_gguf, tmp_path_factory, "smollm2", "int4")
+
+
+@pytest.fixture(scope="session")
+def smollm2_int8_bundle(smollm2_gguf, tmp_path_factory) -> Path:
+    """`smollm2_gguf` in int8, for who needs it to make sense."""
+    return _bundle(smollm2_gguf, tmp_path_factory, "smollm2-int8", "int8")
 
 
 @pytest.fixture(scope="session")

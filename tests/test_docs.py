@@ -31,7 +31,8 @@ def run_page(smollm2_bundle, minilm_bundle, tiny_folder, tmp_path, monkeypatch, 
 
 def test_the_python_page_runs(run_page):
     said = run_page("docs/python.md")
-    assert "Ada" in said and "cancelled 10" in said and "weather {'city'" in said
+    assert re.search(r" [1-9][0-9]+ of [0-9]+ prompt tokens reused", said)
+    assert "cancelled 10" in said and "weather {'city'" in said
     assert "do not fit the context" in said
     assert Path("mixed.shoal").exists()
 

@@ -93,7 +93,8 @@ def test_a_file_is_short_and_says_what_it_promises(path):
     tree = ast.parse(text)
     assert ast.get_docstring(tree) or not tree.body, "no module docstring"
     if path.relative_to(ROOT).parts[0] != "sdk":
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        library = (node for node in tree.body if "__name__ == '__main__'" not in ast.unparse(node))
+        names = {node.id for part in library for node in ast.walk(part) if isinstance(node, ast.Name)}
         assert "print" not in names, "library code reports events, it does not print"
 
 

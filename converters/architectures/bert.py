@@ -120,7 +120,7 @@ def _norm(g: GraphBuilder, card: Card, name: str, x: ir.Value, residual: ir.Valu
 def _attention(g: GraphBuilder, card: Card, x: ir.Value, prefix: str, key_mask: ir.Value) -> ir.Value:
     """Every token of a text attends to every other; `key_mask` int32 [batch, tokens] is 0 on padding."""
     qkv = g.linear(tuple(f"{prefix}.self.{part}" for part in ("query", "key", "value")), x, bias=True)
-    q, k, v = g.op("Split", qkv, outputs=3, axis=-1, num_outputs=3)
+    q, k, v = g.op("Split", qkv, count=3, axis=-1, num_outputs=3)
     y = g.op(
         "MultiHeadAttention", q, k, v, None, key_mask, domain=MICROSOFT,
         num_heads=card.heads, scale=card.attention_scale,

@@ -6,19 +6,21 @@ knows tensors' roles and not their family.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from shoal.runtime.card import Card, Rope
+from shoal.runtime.kernels import DOMAIN as KERNELS
 
-from ..graph import MICROSOFT, GraphBuilder
+from ..graph import GraphBuilder, Norm
 from . import is_positive
 
 
 @dataclass
 class Step:
-    """The values that every block of one graph uses. `x` and `residual` wait to be added by the next norm."""
+    """The values that every block of one graph uses; `x` is the stream."""
 
     g: GraphBuilder
     card: Card
@@ -26,10 +28,18 @@ class Step:
     total: ir.Value
     tables: list[tuple[ir.Value, ir.Value]]
     x: ir.Value
-    residual: ir.Value | None = None
+    transform: Callable | None = None  # of a stored norm's weight
+
+    def weight(self, name: str) -> ir.Value:
+        """The weight of the norm called `name`."""
+        return self.g.plain(f"{name}.weight", self.transform)
+
+    def norm(self, weight: ir.Value) -> Norm:
+        """An RMS norm of this model, by its weight."""
+        return Norm(weight, self.card.norm_eps)
 
 
-def begin(g: GraphBuilder, card: Card, blocks: range, table: str) -> Step:
+def begin(g: GraphBuilder, card: Card, blocks: range, table: str, transform: Callable | None = None) -> Step:
     """Declares the inputs and embeds the tokens (or takes `hidden` where the range starts later)."""
     if blocks.start == 0:
         x = g.input("tokens", "int64", ["batch", "tokens"])
@@ -43,89 +53,58 @@ def begin(g: GraphBuilder, card: Card, blocks: range, table: str) -> Step:
     ]
     if blocks.start == 0:
         g.scope("embed")
-        x = g.embed(table, x)
-        if card.embedding_scale != 1.0:
-            x = g.op("Mul", x, g.constant(card.embedding_scale, "float32"))
-    return Step(g, card, last, total, tables, x)  # type: ignore[arg-type]
-
-
-def norm(step: Step, weight: ir.Value) -> ir.Value:
-    """RMS norm of the stream; a block's output still waiting is added to it in the same operator."""
-    g, eps = step.g, step.card.norm_eps
-    if step.residual is None:
-        return g.op("SimplifiedLayerNormalization", step.x, weight, axis=-1, epsilon=eps, stash_type=1)
-    y, _, _, step.x = g.op(
-        "SkipSimplifiedLayerNormalization", step.x, step.residual, weight, outputs=4, domain=MICROSOFT, epsilon=eps
-    )
-    step.residual = None
-    return y
-
-
-def rms(step: Step, x: ir.Value, weight: ir.Value) -> ir.Value:
-    """RMS norm of any tensor over its last axis."""
-    return step.g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=step.card.norm_eps, stash_type=1)
+        x = g.embed(table, x, card.embedding_scale, card.tied)
+    return Step(g, card, last, total, tables, x, transform)  # type: ignore[arg-type]
 
 
 def attention(
-    step: Step, x: ir.Value, prefix: str, block: int, after: str, norms: tuple[ir.Value, ir.Value] | None = None
-) -> ir.Value:
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, over the cache of `block`.
+    step: Step, prefix: str, block: int, after: str, norms: tuple[ir.Value, ir.Value] | None = None,
+    residual: ir.Value | None = None,
+) -> ir.Value:  # fmt: skip
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, over the cache of `block`; `residual` is
+    added to what comes out.
 
     Q, K and V are one product; with `norms` (Q's, K's) each head is normalised before it is rotated. `after` names the
-    norm that x comes from.
+    norm that is applied to the stream first.
     """
     g, card = step.g, step.card
-    widths = [card.heads * card.head_dim, card.kv_heads * card.head_dim, card.kv_heads * card.head_dim]
     names = tuple(f"{prefix}.{part}_proj" for part in "qkv")
-    qkv: list = [g.linear(names, x, bias=card.attention_bias, after=after), None, None]
-    if norms:
-        qkv = g.op("Split", qkv[0], g.constant(widths), outputs=3, axis=-1)
-        for index in (0, 1):
-            heads = g.op("Reshape", qkv[index], g.constant([0, 0, -1, card.head_dim]))
-            qkv[index] = g.op("Reshape", rms(step, heads, norms[index]), g.constant([0, 0, widths[index]]))
+    norm = step.norm(step.weight(after))
+    qkv = g.linear(names, step.x, bias=card.attention_bias, after=after, norm=norm)
     shape: list[int | str] = ["batch", card.kv_heads, "context", card.head_dim]
-    quantized = g.cache_scales
-    kind = "int8" if quantized is not None else "float32"
-    past = [g.input(f"past_{part}_{block}", kind, shape) for part in ("key", "value")]
-    inputs = [*qkv, *past, step.last, step.total, *step.tables[card.rope_of[block]]]
-    if quantized is not None:  # then come position ids, attention bias and head sink, unused, and the scales
-        inputs += [None, None, None, *(g.constant(scales, "float32") for scales in quantized[block])]
-    per = None if quantized is None else "PER_CHANNEL"
+    past = [g.input(f"past_{part}_{block}", g.cache, shape) for part in ("key", "value")]
+    scales = [None, None] if g.cache_scales is None else [g.constant(row, "float32") for row in g.cache_scales[block]]
     y, key, value = g.op(
-        "GroupQueryAttention", *inputs, outputs=3, domain=MICROSOFT,
-        num_heads=card.heads, kv_num_heads=card.kv_heads, scale=card.attention_scale, do_rotary=1,
-        local_window_size=card.windows[block] or -1, kv_cache_bit_width=per and 8,
-        k_quant_type=per, v_quant_type=per,
+        "CachedAttention", qkv, *past, step.last, step.total, *step.tables[card.rope_of[block]],
+        *(norms or (None, None)), *scales, count=3, domain=KERNELS, heads=card.heads, kv_heads=card.kv_heads,
+        head_dim=card.head_dim, half=int(g.cache == "float16"),
+        fast=int(g.weights.recipe.linear.bits < 32), window=card.windows[block],
+        scale=card.attention_scale, epsilon=card.norm_eps,
     )  # fmt: skip
     for part, present in (("key", key), ("value", value)):
-        g.output(present, f"present_{part}_{block}", kind, shape)
-    return g.linear(f"{prefix}.o_proj", y)
+        g.output(present, f"present_{part}_{block}", g.cache, shape)
+    return g.linear(f"{prefix}.o_proj", y, residual=residual)
 
 
-def feed_forward(step: Step, x: ir.Value, prefix: str, after: str) -> ir.Value:
-    """down(activation(gate(x)) * up(x)); gate and up are one product. `after` names the norm that x comes from."""
-    g, card = step.g, step.card
-    both = g.linear((f"{prefix}.gate_proj", f"{prefix}.up_proj"), x, after=after)
-    gate, up = g.op("Split", both, outputs=2, axis=-1, num_outputs=2)
-    if card.activation == "silu":
-        gate = g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x) in one operator
-    else:
-        gate = g.op("Gelu", gate, approximate="tanh" if card.activation == "gelu_tanh" else "none")
-    return g.linear(f"{prefix}.down_proj", g.op("Mul", gate, up), after=f"{prefix}.up_proj")
+def feed_forward(step: Step, prefix: str, after: str, residual: ir.Value | None = None) -> ir.Value:
+    """down(activation(gate(x)) * up(x)), and `residual` added; `after` names the norm that is applied to the stream
+    first."""
+    g = step.g
+    norm = step.norm(step.weight(after))
+    y = g.gated((f"{prefix}.gate_proj", f"{prefix}.up_proj"), step.x, step.card.activation, after, norm)
+    return g.linear(f"{prefix}.down_proj", y, after=f"{prefix}.up_proj", residual=residual)
 
 
-def end(step: Step, blocks: range, weight, head: str) -> None:
-    """Declares the output: logits of `rows`, or the stream where the range ends early. `weight` makes the norm's."""
+def end(step: Step, blocks: range, norm: str, head: str) -> None:
+    """Declares the output: logits of `rows`, or the stream where the range ends early. `norm` names the last one."""
     g, card = step.g, step.card
     g.scope("head")
-    x = step.x if step.residual is None else g.op("Add", step.x, step.residual)
     if blocks.stop < card.blocks:
-        g.output(x, "hidden_out", "float32", ["batch", "tokens", card.hidden])
+        g.output(g.op("Identity", step.x), "hidden_out", "float32", ["batch", "tokens", card.hidden])
         return
     rows = g.input("rows", "int64", ["rows"])
-    x = g.op("Gather", g.op("Reshape", x, g.constant([-1, card.hidden])), rows, axis=0)
-    logits = g.head(head, rms(step, x, weight()))
-    g.output(logits, "logits", "float32", ["rows", card.vocab])
+    x = g.op("Gather", g.op("Reshape", step.x, g.constant([-1, card.hidden])), rows, axis=0)
+    g.output(g.head(head, x, step.norm(step.weight(norm))), "logits", "float32", ["rows", card.vocab])
 
 
 def decoder_tensors(card: Card, *, norms: tuple[str, ...], attention_norms: bool = False) -> dict[str, tuple[int, ...]]:

@@ -55,20 +55,15 @@ def tensors(card: Card) -> dict[str, tuple[int, ...]]:
 
 
 def build(g: GraphBuilder, card: Card, blocks: range) -> None:
-    def weight(name: str):
-        # Gemma stores how far the norm's weight is from one
-        return g.plain(f"{name}.weight", lambda stored: stored + np.float32(1))
-
-    step = decoder.begin(g, card, blocks, "model.embed_tokens.weight")
+    # Gemma stores how far a norm's weight is from one
+    step = decoder.begin(g, card, blocks, "model.embed_tokens.weight", lambda stored: stored + np.float32(1))
     for block in blocks:
         prefix = f"model.layers.{block}"
         g.scope(f"{block}/attention")
-        norms = (weight(f"{prefix}.self_attn.q_norm"), weight(f"{prefix}.self_attn.k_norm"))
-        x = decoder.norm(step, weight(f"{prefix}.input_layernorm"))
-        y = decoder.attention(step, x, f"{prefix}.self_attn", block, f"{prefix}.input_layernorm", norms)
-        step.residual = decoder.rms(step, y, weight(f"{prefix}.post_attention_layernorm"))
+        norms = (step.weight(f"{prefix}.self_attn.q_norm"), step.weight(f"{prefix}.self_attn.k_norm"))
+        y = decoder.attention(step, f"{prefix}.self_attn", block, f"{prefix}.input_layernorm", norms)
+        step.x = g.op("Add", step.x, g.rms(y, step.norm(step.weight(f"{prefix}.post_attention_layernorm"))))
         g.scope(f"{block}/mlp")
-        x = decoder.norm(step, weight(f"{prefix}.pre_feedforward_layernorm"))
-        y = decoder.feed_forward(step, x, f"{prefix}.mlp", f"{prefix}.pre_feedforward_layernorm")
-        step.residual = decoder.rms(step, y, weight(f"{prefix}.post_feedforward_layernorm"))
-    decoder.end(step, blocks, lambda: weight("model.norm"), "model.embed_tokens.weight")
+        y = decoder.feed_forward(step, f"{prefix}.mlp", f"{prefix}.pre_feedforward_layernorm")
+        step.x = g.op("Add", step.x, g.rms(y, step.norm(step.weight(f"{prefix}.post_feedforward_layernorm"))))
+    decoder.end(step, blocks, "model.norm", "model.embed_tokens.weight")

@@ -24,11 +24,8 @@ def build(g: GraphBuilder, card: Card, blocks: range) -> None:
     for block in blocks:
         prefix = f"model.layers.{block}"
         g.scope(f"{block}/attention")
-        norms = (g.plain(f"{prefix}.self_attn.q_norm.weight"), g.plain(f"{prefix}.self_attn.k_norm.weight"))
-        x = decoder.norm(step, g.plain(f"{prefix}.input_layernorm.weight"))
-        step.residual = decoder.attention(step, x, f"{prefix}.self_attn", block, f"{prefix}.input_layernorm", norms)
+        norms = (step.weight(f"{prefix}.self_attn.q_norm"), step.weight(f"{prefix}.self_attn.k_norm"))
+        step.x = decoder.attention(step, f"{prefix}.self_attn", block, f"{prefix}.input_layernorm", norms, step.x)
         g.scope(f"{block}/mlp")
-        x = decoder.norm(step, g.plain(f"{prefix}.post_attention_layernorm.weight"))
-        step.residual = decoder.feed_forward(step, x, f"{prefix}.mlp", f"{prefix}.post_attention_layernorm")
-    head = "model.embed_tokens.weight" if card.tied else "lm_head.weight"
-    decoder.end(step, blocks, lambda: g.plain("model.norm.weight"), head)
+        step.x = decoder.feed_forward(step, f"{prefix}.mlp", f"{prefix}.post_attention_layernorm", residual=step.x)
+    decoder.end(step, blocks, "model.norm", "model.embed_tokens.weight" if card.tied else "lm_head.weight")

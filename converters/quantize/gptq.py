@@ -5,20 +5,24 @@ the equivalent one of Chen et al. 2025 ("The geometry of LLM quantization"): wit
 loss is ||R (w - q)||^2, and from the last input to the first each is rounded to nearest after the errors of those
 behind it are carried over: w_j + sum_k>j R_jk / R_jj (w_k - q_k). One Cholesky factor does it, without an inverse.
 
-A group's scale and zero point are chosen when the group is reached, for the weights as carried, by a search in which
-input j weighs R_jj^2, its own share of the loss. It knows nothing about models, files or where H comes from.
+A span's scale is fixed before, with room for what will be carried into it; a group's multiplier and zero point are
+chosen when the group is reached, for the weights as carried, by a search in which an error at input j counts R_jj
+times. It knows nothing about models, files or where H comes from.
 """
+
+import math
 
 import numpy as np
 
 from shoal.runtime.errors import ConvertError
+from shoal.runtime.kernels.layout import BLOCK, Codes, rotate
 
 from ..recipe import Format
-from .rtn import Codes, grouped
+from .rtn import by_rows, code_range, columns, scales, search
 
 _DAMPINGS = (0.01, 0.1, 1.0)  # of the mean diagonal; the paper's first
 _BLOCK = 256  # inputs whose carried errors are one product; a multiple of every group
-_SHRINKS = np.linspace(1.0, 0.6, 13, dtype=np.float32)  # of a group's range: clipping a few buys a finer grid
+_ROOM = 1.06  # by which carried weights may pass the widest of a span as it was
 
 
 class Rounding:
@@ -30,74 +34,59 @@ class Rounding:
 
     def __init__(self, hessian: np.ndarray, format: Format):
         self.format = format
-        self.factor = _padded(hessian, format.group)
-        diagonal = _damped_cholesky(self.factor)
-        self.shares = diagonal**2
-        self.factor /= diagonal[:, None]
+        layout = format.layout(max(1, len(hessian)), 1)
+        self.factor = _padded(hessian, layout.groups * layout.group)
+        if layout.rotated:
+            _rotate(self.factor)
+        self.roots = _damped_cholesky(self.factor)
+        self.factor /= self.roots[:, None]
 
     def quantize(self, rows: np.ndarray) -> Codes:
-        """Codes of fp32 [outputs, inputs]; each row is rounded by itself, so a matrix may come in slices."""
-        top, group = (1 << self.format.bits) - 1, self.format.group
-        # An input is a row here, so that every step below runs over contiguous outputs
-        errors = np.ascontiguousarray(grouped(rows, group).reshape(len(rows), -1).T)
-        carried = errors.copy()
-        codes = np.empty(errors.shape, np.uint8)
-        scales = np.empty((len(errors) // group, len(rows)), np.float32)
-        zeros = np.empty(scales.shape, np.uint8)
-        for stop in range(len(errors), 0, -group):
-            start, edge = stop - group, -(-stop // _BLOCK) * _BLOCK
+        """Codes of fp32 [outputs, inputs], finite; each row is rounded by itself, so a matrix may come in slices."""
+        layout = self.format.layout(rows.shape[1], len(rows))
+        values = columns(rows, layout)
+        steps = scales(values, layout, self.format.symmetric, _ROOM)
+        lowest, highest = code_range(layout.bits)
+        errors, carried = values.copy(), values.copy()
+        codes = np.empty(errors.shape, np.int8 if layout.bits == 8 else np.uint8)
+        multipliers = np.empty((layout.groups, errors.shape[1]), np.uint8)
+        zeros = np.empty(multipliers.shape, codes.dtype)
+        piece = math.gcd(layout.group, _BLOCK)
+        for stop in range(len(errors), 0, -piece):
+            start, edge = stop - piece, -(-stop // _BLOCK) * _BLOCK
             if stop % _BLOCK == 0 or stop == len(errors):
                 block = slice((stop - 1) // _BLOCK * _BLOCK, stop)
                 carried[block] += self.factor[block, stop:] @ errors[stop:]
             elif stop < edge:
                 carried[start:stop] += self.factor[start:stop, stop:edge] @ errors[stop:edge]
-            scale, zero = search(carried[start:stop], self.shares[start:stop], self.format)
-            scales[start // group], zeros[start // group] = scale, zero
-            inverse, offset = 1 / scale, zero.astype(np.float32)
+            if stop % layout.group == 0:
+                group, scale = slice(stop - layout.group, stop), steps[start // layout.span]
+                multiplier, zero = search(carried[group] / scale, layout, self.format.symmetric, self.roots[group])
+                multipliers[start // layout.group], zeros[start // layout.group] = multiplier, zero
+                unit, origin = scale * multiplier * layout.step, zero / layout.step
             for j in range(stop - 1, start - 1, -1):
-                code = np.clip(np.rint(carried[j] * inverse + offset), 0, top)
+                code = np.clip(np.rint(carried[j] / unit + origin), lowest, highest)
                 codes[j] = code
-                errors[j] -= (code - offset) * scale
+                errors[j] -= (code - origin) * unit
                 carried[start:j] += self.factor[start:j, j, None] * errors[j]
-        return Codes(np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T))
+        return by_rows(codes, multipliers, zeros, steps, layout)
 
 
-def search(values: np.ndarray, shares: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray]:
-    """Scales fp32 and zeros uint8 [outputs] of one group fp32 [group, outputs] that cost least, input j weighing
-    shares[j]: ranges shrunk in steps, for each the codes, and for the codes the scale in closed form."""
-    top = (1 << format.bits) - 1
-    if format.symmetric:
-        middle = 1 << (format.bits - 1)
-        extreme = np.take_along_axis(values, np.abs(values).argmax(0)[None], 0)[0]
-        widest, zero = -extreme / middle, np.full(extreme.shape, middle, np.float32)
-    else:
-        low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
-        widest = (high - low) / top
-        zero = np.rint(-low / np.where(widest > 0, widest, 1))
-    # Where all is zero any scale will do, and it must stay away from denormals
-    widest = np.where(np.abs(widest) < 1e-30, np.float32(1), widest)
-    weighted = values * shares[:, None]
-    best, scale = np.full(widest.shape, -1, np.float32), widest.copy()
-    for shrink in _SHRINKS:
-        codes = values * (1 / (widest * shrink)) + zero
-        np.rint(codes, out=codes)
-        np.clip(codes, 0, top, out=codes)
-        codes -= zero
-        # The loss with scale s is |w|^2 - 2 s <w, c> + s^2 |c|^2: best is s = <w, c> / |c|^2, a gain of s <w, c>
-        product = np.einsum("gn,gn->n", weighted, codes)
-        square = np.einsum("g,gn,gn->n", shares, codes, codes)
-        fitted = product / np.where(square > 0, square, 1)
-        gain = fitted * product
-        better = (gain > best) & (square > 0) & (np.abs(fitted) > 1e-30)
-        best[better], scale[better] = gain[better], fitted[better]
-    return scale, zero.astype(np.uint8)
+def _rotate(hessian: np.ndarray) -> None:
+    """The moments of the rotated inputs, in place and a strip at a time."""
+    for start in range(0, len(hessian), BLOCK):
+        strip = hessian[start : start + BLOCK]
+        strip[:] = rotate(strip.T).T
+    for start in range(0, len(hessian), _BLOCK):
+        strip = hessian[start : start + _BLOCK]
+        strip[:] = rotate(strip)
 
 
-def _padded(hessian: np.ndarray, group: int) -> np.ndarray:
-    """The moments with zero rows up to whole groups, checked."""
+def _padded(hessian: np.ndarray, inputs: int) -> np.ndarray:
+    """The moments with zero rows up to `inputs`, checked."""
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise _refuse(f"have shape {list(hessian.shape)}, not a square one")
-    padding = -len(hessian) % group
+    padding = inputs - len(hessian)
     hessian = np.pad(hessian, (0, padding)) if padding else np.ascontiguousarray(hessian, np.float32)
     diagonal = hessian.diagonal()
     if not np.isfinite(hessian.sum(dtype=np.float64)):

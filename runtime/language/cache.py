@@ -12,7 +12,7 @@ import numpy as np
 from ..card import Card
 from ..errors import BudgetError
 
-DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "int8": np.dtype(np.int8)}
+DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in (("fp32", "f4"), ("fp16", "f2"), ("int8", "i1"))}
 
 
 def cache_bytes(card: Card, context: int, slots: int, kind: str) -> int:

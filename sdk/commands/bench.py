@@ -1,12 +1,11 @@
-"""Measure speed and memory, alone or against llama.cpp in the same run. docs/bench.md says what each figure means."""
+"""Measure speed and memory, alone or against other engines in one run. docs/bench.md says what each figure means."""
 
 import argparse
-import sys
 
 from .. import options
 
 NAME = "bench"
-HELP = "measure speed and memory, alone or against llama.cpp"
+HELP = "measure speed and memory, alone or against other engines"
 
 
 def _numbers(text: str) -> list[int]:
@@ -29,17 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sustained", type=float, metavar="SECONDS", help="then decode for so long: does it slow down?"
     )
     parser.add_argument("-o", "--output", default="md", choices=("md", "csv", "json"), help="form of the report (md)")
+    parser.add_argument(
+        "--profile", action="store_true", help="instead: each operator's time and bytes, against this machine's limits"
+    )
     options.add_json(parser)
     against = parser.add_argument_group("comparison")
-    against.add_argument("--against", action="append", default=[], metavar="llama.cpp=FILE.gguf",
-                         help="run this engine in turn with shoal; may be repeated. In quotes, options of llama.cpp "
-                              "may follow the file: 'llama.cpp=FILE.gguf -fa off'")  # fmt: skip
-    against.add_argument("--against-python", default=sys.executable, metavar="PYTHON",
-                         help="a Python that has xllamacpp (default: this one)")  # fmt: skip
+    against.add_argument("--against", action="append", default=[], metavar="ENGINE=MODEL",
+                         help="run this engine in turn with shoal; may be repeated. It is llama.cpp, llama-cpp-python, "
+                              "openvino-genai or onnxruntime-genai. In quotes, options of llama.cpp may follow the "
+                              "file: 'llama.cpp=FILE.gguf -fa off'")  # fmt: skip
+    against.add_argument("--against-python", action="append", default=[], metavar="[ENGINE=]PYTHON",
+                         help="a Python that has the package of the engine, or of all (default: this one)")  # fmt: skip
     loading = parser.add_argument_group("loading")
     loading.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="of every engine (every core)")
     loading.add_argument("--memory", metavar="SIZE", help="all the model may use, such as 200MB or 1.5GiB")
-    loading.add_argument("--kv", choices=("fp32", "int8"), default="fp32", help="how keys and values are kept (fp32)")
+    loading.add_argument("--kv", choices=("fp32", "fp16", "int8"), default="fp32", help="keys and values (fp32)")
+    loading.add_argument("--kernels", choices=("auto", "ort"), default="auto", help="ort: ONNX Runtime's (auto)")
     loading.add_argument("--chunk", type=int, metavar="N", help="tokens of a prefill step")
 
 
@@ -47,25 +51,39 @@ def run(arguments: argparse.Namespace, show) -> int:
     from shoal.runtime.errors import UsageError
 
     from .. import bench
+    from ..bench_arms import ENGINES
     from ..bench_report import render
 
     if not 0 <= arguments.threads <= 1024:
         raise UsageError(f"threads is {arguments.threads}.", "It must be from 0 to 1024.", "Correct it.")
+    if arguments.profile:
+        return _profile(arguments, show)
     tests = []
     for depth in arguments.depth:
         tests += [bench.Test("pp", tokens, depth) for tokens in arguments.prompt if tokens]
         tests += [bench.Test("tg", tokens, depth) for tokens in arguments.generate if tokens]
-    against = []
-    for text in arguments.against:
-        engine, _, rest = text.partition("=")
-        if engine != "llama.cpp":
-            raise UsageError(f"There is no engine {engine!r:.60}.", "It is llama.cpp.", "Write llama.cpp=FILE.gguf.")
-        against.append(bench.llama_cpp(rest, arguments.against_python))
+    pythons: dict[str, str] = {}
+    for text in arguments.against_python:
+        engine, _, python = text.partition("=")
+        pythons |= {engine: python} if engine in ENGINES else {"": text}
     report = bench.measure_model(
         arguments.bundle, list(dict.fromkeys(tests)), repetitions=arguments.repetitions, threads=arguments.threads,
-        against=against, sustained_s=arguments.sustained, progress=show.progress,
-        kv=arguments.kv, chunk=arguments.chunk, memory=arguments.memory,
+        against=[bench.rival(text, pythons) for text in arguments.against], sustained_s=arguments.sustained,
+        progress=show.progress, kv=arguments.kv, chunk=arguments.chunk, memory=arguments.memory,
+        kernels=arguments.kernels,
     )  # fmt: skip
     show.json(report)
     show.text(render(report, arguments.output))
+    return 0
+
+
+def _profile(arguments: argparse.Namespace, show) -> int:
+    from .. import bench_profile
+
+    found = bench_profile.profile(
+        arguments.bundle, prompt=max(arguments.prompt[0], 1), depth=arguments.depth[0], threads=arguments.threads,
+        kv=arguments.kv, memory=arguments.memory, kernels=arguments.kernels, progress=show.progress,
+    )  # fmt: skip
+    show.json(found)
+    show.text(bench_profile.render(found))
     return 0

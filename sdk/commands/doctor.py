@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         show.progress(Event("check", done, len(PACKAGES) + 1, package[1]))
         checks.append(imported(*package))
     show.progress(Event("check", len(PACKAGES), len(PACKAGES) + 1, "backends"))
-    checks += backends()
+    checks += [kernels(), *backends()]
     show.progress(Event("check", len(PACKAGES) + 1, len(PACKAGES) + 1, "done"))
     show.table([(check.state, check.name, check.detail) for check in checks])
     for check in checks:
@@ -172,6 +172,22 @@ def imported(module: str, distribution: str, use: str) -> Check:
     if failure:
         return Check(label, "warn" if use else "bad", f"{version}: {failure}", f"{install} --force-reinstall")
     return Check(label, "ok", version)
+
+
+def kernels() -> Check:
+    """Shoal's own kernels: which instruction set they use, or why ONNX Runtime's are used, and what that costs."""
+    code = "from shoal.runtime import kernels as k; print(k.isa() if k.available() else 'missing: ' + k.missing())"
+    path, failure = try_python(code)
+    why = failure or path.partition("missing: ")[2]
+    if why:
+        detail = (
+            f"{why}; quantised models run by ONNX Runtime: slower (prefill three times, decode a quarter), and their "
+            "weights are written to the cache once more"
+        )
+        return Check("kernels", "warn", detail, "Install a C++ compiler (g++ or clang), then shoal again.")
+    if path == "scalar":
+        return Check("kernels", "warn", "scalar: no instruction set of this processor is known", "")
+    return Check("kernels", "ok", path)
 
 
 def backends() -> list[Check]:

@@ -105,8 +105,11 @@ def recipe_rows(recipe: dict) -> list[tuple[str, str]]:
     def format_of(value: dict) -> str:
         if value.get("bits") == 32:
             return "fp32"
-        zero_points = "symmetric" if value.get("symmetric") else "with zero points"
-        return f"{value.get('bits')} bits in groups of {value.get('group')}, {zero_points}"
+        parts = [f"{value.get('bits')} bits", f"in groups of {value.get('group')}" if value.get("group") else "by rows"]
+        if value.get("span"):
+            parts.append(f"a scale for {value.get('span')}")
+        parts.append("symmetric" if value.get("symmetric") else "with zero points")
+        return ", ".join(parts + (["rotated"] if value.get("rotated") else []))
 
     rows = [(key, format_of(recipe[key])) for key in ("linear", "embedding", "head") if key in recipe]
     rows += [(pattern, format_of(rule)) for pattern, rule in recipe.get("rules", ())]

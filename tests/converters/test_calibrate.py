@@ -18,9 +18,7 @@ from shoal.converters.walk import Scratch, Walk
 from shoal.runtime.bundle import Bundle
 from shoal.runtime.errors import SourceError
 
-RECIPE = dataclasses.replace(
-    NAMED["int4-gptq"], linear=Format(4, 16), calibration=Calibration(tokens=2048, length=64)
-)  # fmt: skip
+RECIPE = dataclasses.replace(NAMED["int4-gptq"], head=Format(8), calibration=Calibration(tokens=2048, length=64))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "bert-mean"])
@@ -30,6 +28,13 @@ def test_rounding_with_moments_is_nearer_to_the_source(tiny, tmp_path, name):
     convert(tiny / name, tmp_path / "again.shoal", RECIPE)
     assert (tmp_path / "again.shoal").read_bytes() == (tmp_path / "out.shoal").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.shoal", "out.shoal"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "qwen2"])
+def test_a_head_is_rounded_with_the_moments_of_its_own_inputs(tiny, tmp_path, name):
+    """In four bits; that of llama3 and qwen2 is the embedding too, which then errs more, and the logits less."""
+    report = convert(tiny / name, tmp_path / "out.shoal", dataclasses.replace(RECIPE, head=Format(4)))
+    assert report.parity["kl"] < 0.9 * report.baseline["kl"]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "bert-mean"])
@@ -47,7 +52,7 @@ def test_smoothing_changes_nothing_but_the_rounding(tiny, tmp_path, name):
         folder, tmp_path / "int8.shoal", dataclasses.replace(NAMED["int8"], calibration=RECIPE.calibration)
     )
     found, nearest = (sum(parity["block_errors"]) for parity in (report.parity, report.baseline))
-    assert found == nearest if name.startswith("bert") else found < 0.8 * nearest
+    assert found == nearest if name.startswith("bert") else found < 0.85 * nearest
 
 
 def test_moments_are_of_the_inputs_of_every_product(tiny, tmp_path):

@@ -10,9 +10,10 @@ from shoal.converters.quantize import rtn
 from shoal.converters.recipe import NAMED, Format, Recipe
 from shoal.converters.sources import TensorInfo
 from shoal.converters.weights import Weights
+from shoal.runtime.kernels import layout
 from shoal.runtime.session import Place, open_graph, read
 
-FORMATS = [Format(32), Format(8), Format(4), Format(4, 16), Format(8, 64, symmetric=True)]
+FORMATS = [Format(32), Format(8), Format(4), Format(4, 64), Format(3), Format(8, 64, symmetric=True)]
 
 
 class Arrays:
@@ -54,7 +55,7 @@ def rounded(array: np.ndarray, format: Format) -> np.ndarray:
     """What a matrix is once it is stored."""
     if format.bits == 32:
         return array
-    return rtn.quantize(array, format).dequantize(format.group)[:, : array.shape[1]]
+    return layout.dequantize(format.layout(array.shape[1], len(array)), rtn.quantize(array, format))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.converters import parity
+from shoal.converters.recipe import Format, Recipe
 from shoal.converters.report import Parity, parity_from_json, parity_to_json
 from shoal.converters.text import HELDOUT
 from shoal.runtime.errors import BundleError, ConvertError, ShoalError
@@ -66,12 +67,14 @@ def test_a_damaged_block_is_named(converted, tiny, tmp_path, family, block, reci
     with open(model.path, "r+b") as file:
         for names, matrix in model.weights.matrices.items():
             if names[0].startswith(part):
-                values = matrix.values
-                if values.dtype == "float32":
-                    data = rng.standard_normal(values.length // 4, np.float32)
-                else:
-                    data = rng.integers(0, 256, values.length, np.uint8)
+                values, layout = matrix.values, matrix.layout
                 file.seek(values.offset)
+                if layout is None:
+                    data = rng.standard_normal(values.length // 4, np.float32)
+                else:  # codes alone: most bytes are a scale that is no number
+                    data = np.frombuffer(file.read(values.length), np.uint8).reshape(layout.panels, -1).copy()
+                    data[:, layout.codes_at :] = rng.integers(0, 256, data[:, layout.codes_at :].shape, np.uint8)
+                    file.seek(values.offset)
                 file.write(data.tobytes())
                 damaged += 1
     assert damaged >= 3
@@ -93,8 +96,12 @@ def test_a_model_that_gives_no_numbers_is_named(converted, tiny, tmp_path):
     assert "converted model" in caught.value.what and "block 1" in caught.value.why
 
 
-def test_a_large_graph_is_mapped_as_on_a_device(converted, tiny, tmp_path, monkeypatch):
-    model = converted(tiny / "llama", "int4")
+@pytest.mark.parametrize("kernels", ["ours", "missing"])
+def test_a_large_graph_is_mapped_as_on_a_device(converted, tiny, tmp_path, monkeypatch, request, kernels):
+    if kernels == "missing":
+        request.getfixturevalue("without_kernels")
+    # Of our own kernels' weights nothing is repacked
+    model = converted(tiny / "llama", Recipe("mixed", embedding=Format(8)) if kernels == "ours" else "int4")
     graph = model.graph()
     private = compare(model, graph, tmp_path)
     monkeypatch.setattr(parity, "PRIVATE", 0)

@@ -11,8 +11,9 @@ from shoal.converters.quantize import rtn
 from shoal.converters.recipe import Format, Recipe
 from shoal.converters.sources import TensorInfo
 from shoal.runtime.errors import ConvertError
+from shoal.runtime.kernels import layout
 
-FORMATS = [Format(), Format(8), Format(4), Format(4, 64, symmetric=True)]
+FORMATS = [Format(), Format(8), Format(4), Format(4, 64, symmetric=True), Format(3, rotated=False), Format(2)]
 
 
 class Arrays:
@@ -47,35 +48,53 @@ def stored(sink, part: weights.Stored) -> np.ndarray:
 def dequantized(sink, matrix: weights.Matrix) -> np.ndarray:
     """The matrix as a device reads it."""
     values = stored(sink, matrix.values)
-    if matrix.format.bits == 32:
+    if matrix.layout is None:
         return values
-    bits, scales = matrix.format.bits, stored(sink, matrix.scales)
-    groups = scales.shape[1]
-    codes = rtn.unpack(values.reshape(len(values), -1), bits, groups * matrix.format.group)
-    zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
-    if matrix.zeros:
-        zeros = rtn.unpack(stored(sink, matrix.zeros), bits, groups)
-    return rtn.Codes(codes, scales, zeros).dequantize(matrix.format.group)[:, : matrix.inputs]
+    return layout.dequantize(matrix.layout, layout.unpack(matrix.layout, values))
+
+
+def rounded(rows: np.ndarray, format: Format) -> np.ndarray:
+    """What these rows are once they are stored."""
+    if format.bits == 32:
+        return rows
+    return layout.dequantize(format.layout(rows.shape[1], len(rows)), rtn.quantize(rows, format))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_stacked_matrices_are_stored_as_rounded_and_once(format, monkeypatch):
-    monkeypatch.setattr(weights, "SLICE_BYTES", 7 * 4 * 72)  # rows of the two do not fill whole slices
+    monkeypatch.setattr(weights, "SLICE_BYTES", 16 * 4 * 72)  # rows of the two do not fill whole slices, nor panels
     source, sink, store = make(format)
     names = ("a.x.weight", "a.y.weight")
     matrix = store.matrix(names)
     rows = np.concatenate([source.arrays[name] for name in names])
-    expected = rows if format.bits == 32 else rtn.quantize(rows, format).dequantize(format.group)[:, :72]
-    assert (dequantized(sink, matrix) == expected).all()
-    assert max(count for _, count in source.read_rows) == 7
-    assert all(part.offset % weights.ALIGNMENT == 0 for part in matrix.parts())
+    assert (dequantized(sink, matrix) == rounded(rows, format)).all()
+    assert max(count for _, count in source.read_rows) == 16
+    assert matrix.values.offset % weights.ALIGNMENT == 0 and not matrix.gated
     size, read = sink.tell(), len(source.read_rows)
     assert store.matrix(names) is matrix and store.exact == (format.bits == 32)
     assert (sink.tell(), len(source.read_rows)) == (size, read)
-    # In pieces of whole rows: the same matrix
-    pieces = matrix.split(matrix.values.length // 3)
-    assert len(pieces) >= 3 and sum(piece.outputs for piece in pieces) == matrix.outputs
-    assert (np.concatenate([dequantized(sink, piece) for piece in pieces]) == expected).all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_panels_of_a_gate_and_its_up_alternate(format, monkeypatch):
+    monkeypatch.setattr(weights, "SLICE_BYTES", 16 * 4 * 128)
+    names = ("mlp.gate.weight", "mlp.up.weight")
+    source, sink, store = make(format, **dict(zip(names, np.random.default_rng(3).random((2, 48, 128)), strict=True)))
+    matrix = store.matrix(names, gated=True)
+    gate, up = (rounded(source.arrays[name], format) for name in names)
+    assert matrix.gated == (format.bits < 32)
+    expected = np.concatenate([gate, up])
+    if matrix.gated:
+        expected = np.concatenate([part[start : start + 16] for start in range(0, 48, 16) for part in (gate, up)])
+    assert (dequantized(sink, matrix) == expected).all()
+
+
+def test_a_gate_that_is_not_whole_panels_lies_before_its_up():
+    names = ("mlp.gate.weight", "mlp.up.weight")
+    source, sink, store = make(Format(4), **dict(zip(names, np.random.default_rng(3).random((2, 40, 64)), strict=True)))
+    matrix = store.matrix(names, gated=True)
+    rows = np.concatenate([source.arrays[name] for name in names])
+    assert not matrix.gated and (dequantized(sink, matrix) == rounded(rows, Format(4))).all()
 
 
 def test_vectors_stay_in_fp32():
@@ -99,7 +118,7 @@ def test_what_is_not_a_number_is_refused_by_name(format, value):
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_a_slice_is_what_is_in_memory(format, monkeypatch, tmp_path):
-    """64 MB of weights pass through slices of 1 MB. Scales, an eighth of a byte a weight, are kept until the end."""
+    """64 MB of weights pass through slices of 1 MB."""
     monkeypatch.setattr(weights, "SLICE_BYTES", 1 << 20)
 
     class Endless(Arrays):

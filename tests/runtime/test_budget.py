@@ -19,7 +19,7 @@ SIZES = Sizes(weights=2 * MIB, repacked=400 * MIB, tokenizer=8 * MIB, session=7 
 
 
 @settings(max_examples=200, deadline=None)
-@given(memory=st.integers(1, 4 << 30), slots=st.integers(1, 8), kv=st.sampled_from(["fp32", "int8"]))
+@given(memory=st.integers(1, 4 << 30), slots=st.integers(1, 8), kv=st.sampled_from(["fp32", "fp16", "int8"]))
 def test_a_plan_fits_its_budget_and_no_longer_context_would(memory, slots, kv):
     try:
         found = plan(CARD, SIZES, memory=memory, slots=slots, kv=kv)
@@ -51,8 +51,9 @@ def test_slots_and_formats_cost_what_they_are():
     row = {r.name: r.bytes for r in one.rows}["key-value cache"]
     assert row == 24 * 2 * 2 * 1024 * 64 * 4
     assert {r.name: r.bytes for r in two.rows}["key-value cache"] == 2 * row
-    quarter = plan(CARD, SIZES, context=1024, kv="int8")
-    assert {r.name: r.bytes for r in quarter.rows}["key-value cache"] == row // 4
+    for kv, share in (("fp16", 2), ("int8", 4)):
+        smaller = plan(CARD, SIZES, context=1024, kv=kv)
+        assert {r.name: r.bytes for r in smaller.rows}["key-value cache"] == row // share
 
 
 @pytest.mark.parametrize(

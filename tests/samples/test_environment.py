@@ -12,7 +12,9 @@ import environment
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout without an environment; what would be run is recorded instead."""
-    (tmp_path / "pyproject.toml").write_text("first")
+    for name in ("pyproject.toml", "setup.py", "runtime/kernels/build.py", "runtime/kernels/linear.cpp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("first")
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(environment, "PYTHON", tmp_path / ".venv" / "python")
@@ -36,11 +38,16 @@ def commands(checkout, monkeypatch):
     return ran
 
 
-def test_installs_once_and_again_when_the_project_changes(checkout, commands):
+@pytest.mark.parametrize("name", ["pyproject.toml", "runtime/kernels/linear.cpp", "runtime/kernels/new.h", "compiler"])
+def test_installs_once_and_again_when_the_project_or_the_kernels_change(name, checkout, commands, monkeypatch):
     environment.prepare("convert")
     environment.prepare("convert")
     assert [command[2] for command in commands] == ["venv", "pip"]
-    (checkout / "pyproject.toml").write_text("second")
+    if name == "compiler":
+        monkeypatch.setenv("CXX", "another")
+    else:
+        (checkout / name).write_text("second")
+    environment.prepare("convert")
     environment.prepare("convert")
     assert [command[2] for command in commands] == ["venv", "pip", "pip"]
 

@@ -24,7 +24,7 @@ def test_every_sample_is_here():
 
 
 def test_stream(smollm2_bundle):
-    assert "light" in run(SAMPLES / "stream.py", smollm2_bundle).stdout
+    assert "sky" in run(SAMPLES / "stream.py", smollm2_bundle).stdout
 
 
 def test_chat_reuses_the_conversation(smollm2_bundle):
@@ -59,6 +59,6 @@ def test_budget_refuses_what_cannot_fit(smollm2_bundle):
 def test_quickstart(smollm2_gguf):
     done = run(SAMPLES / "quickstart.py", "What is the capital of France?")
     assert "Paris" in done.stdout
-    assert "tokens/s" in done.stdout and "measured: " in done.stdout and "repacked weights" in done.stdout
+    assert "tokens/s" in done.stdout and "measured: weights" in done.stdout
     again = run(SAMPLES / "quickstart.py")
     assert "top-1" not in again.stdout, "the second time there is nothing to convert"

@@ -1,6 +1,7 @@
 """`shoal bench`: a real run on a tiny model, and a comparison with engines that are absent, hostile or dying."""
 
 import csv
+import importlib.util
 import io
 import json
 import mmap
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal import bench, bench_machine, cli
+from shoal import bench, bench_arms, bench_machine, cli
 from shoal.bench_report import render
 from shoal.runtime.errors import BackendError, MissingPackageError, UsageError
 
@@ -137,12 +138,13 @@ def package(tmp_path, monkeypatch):
 
 
 def test_the_worker_measures_what_was_asked(package):
-    arm = bench.llama_cpp(f"{package[1]} -fa off --no-repack")(threads=1, context=64)
+    arm = bench.rival(f"llama.cpp={package[1]} -fa off --no-repack")(threads=1, context=64)
     try:
         assert arm.name == "llama.cpp model.gguf -fa off --no-repack"
         assert arm.run(bench.Test("pp", 4, 3), [1, 2, 3, 4, 5, 6, 7]).tokens_per_s == pytest.approx(100)
         assert arm.run(bench.Test("tg", 8), [9]).tokens_per_s == pytest.approx(80), "8 steps in 100 ms"
-        assert sys.platform != "linux" or arm.memory()["anonymous_bytes"] > 0
+        held = arm.memory()
+        assert sys.platform != "linux" or held["peak_resident_bytes"] >= held["anonymous_bytes"] > 0
     finally:
         arm.close()
     assert arm._process.poll() is not None
@@ -172,20 +174,45 @@ def test_a_comparison_runs_in_turn_and_has_ratios(package, tiny_bundle, capsys):
     assert "ratio |" in capsys.readouterr().out.splitlines()[0]
 
 
-def test_real_llama_cpp(smollm2_gguf):
-    pytest.importorskip("xllamacpp")
-    arm = bench.llama_cpp(str(smollm2_gguf))(threads=1, context=256)
+def measure_once(text):
+    """Short tests on a real engine, which an environment may have to lack."""
+    package = bench_arms.ENGINES[text.partition("=")[0]].package
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed")
+    arm = bench.rival(text)(threads=1, context=256)
     try:
-        assert arm.run(bench.Test("pp", 8, 8), list(range(100, 116))).tokens_per_s > 0
+        assert arm.run(bench.Test("pp", 8, 32), list(range(100, 140))).tokens_per_s > 0
         assert arm.run(bench.Test("tg", 4), [100]).tokens_per_s > 0
+        assert arm.run(bench.Test("tg", 4, 64), list(range(100, 164))).tokens_per_s > 0
     finally:
         arm.close()
+
+
+def test_real_llama_cpp(smollm2_gguf):
+    measure_once(f"llama.cpp={smollm2_gguf}")
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("engine", ["llama-cpp-python", "openvino-genai"])
+def test_other_real_engines_that_read_a_gguf(engine, smollm2_gguf):
+    measure_once(f"{engine}={smollm2_gguf}")
+
+
+@pytest.mark.deep
+def test_real_onnxruntime_genai(tmp_path):
+    if not all(map(importlib.util.find_spec, ("onnxruntime_genai", "torch", "transformers"))):
+        pytest.skip("its model builder is not installed, or not all that it needs")
+    source = Path(__file__).parent.parent / "data" / "tiny" / "llama"
+    words = ["-m", "tiny", "-i", source, "-o", tmp_path / "model", "-c", tmp_path / "cache", "-p", "int4", "-e", "cpu"]
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words, "--extra_options", "hf_remote=false"]
+    subprocess.run(builder, check=True, capture_output=True)
+    measure_once(f"onnxruntime-genai={tmp_path / 'model'}")
 
 
 def test_a_missing_package_is_told_before_anything_is_measured(package, tiny_bundle, capsys):
     package[0].write_text("raise ImportError('No module named xllamacpp')")
     with pytest.raises(MissingPackageError, match="pip install xllamacpp"):
-        bench.llama_cpp(str(package[1]))(threads=1, context=64)
+        bench.rival(f"llama.cpp={package[1]}")(threads=1, context=64)
     words = ["bench", str(tiny_bundle), "-p", "8", "-n", "0", "--against", f"llama.cpp={package[1]}"]
     assert cli.main(words) == MissingPackageError.code
     said = capsys.readouterr()
@@ -196,7 +223,7 @@ def test_a_model_that_the_engine_refuses_is_told_with_its_words(package):
     broken = package[1].with_name("broken.gguf")
     broken.touch()
     with pytest.raises(BackendError, match="(?s)Failed to init server.*failed to open the model"):
-        bench.llama_cpp(str(broken))(threads=1, context=64)
+        bench.rival(f"llama.cpp={broken}")(threads=1, context=64)
 
 
 READY = (
@@ -226,7 +253,9 @@ def test_what_another_process_says_is_not_trusted(case, tmp_path):
     child.write_text(f"#!{sys.executable}\n{code}")
     child.chmod(child.stat().st_mode | stat.S_IXUSR)
     with pytest.raises(BackendError, match=said) as caught:
-        arm = bench.LlamaCppArm("model.gguf", [], threads=1, context=64, python=str(child), patience=5.0)
+        arm = bench_arms.ProcessArm(
+            "llama.cpp", "model.gguf", {}, threads=1, context=64, python=str(child), patience=5.0
+        )
         try:
             arm._patience = 0.5 if case == "says nothing" else 5.0
             arm.run(bench.Test("pp", 1), [1])
@@ -239,7 +268,7 @@ def test_an_engine_that_does_not_listen_is_ended(tmp_path):
     child = tmp_path / "python"
     child.write_text(f"#!{sys.executable}\n{READY.replace('input()', 'time.sleep(60)')}")
     child.chmod(0o755)
-    arm = bench.LlamaCppArm("model.gguf", [], threads=1, context=64, python=str(child))
+    arm = bench_arms.ProcessArm("llama.cpp", "model.gguf", {}, threads=1, context=64, python=str(child))
     arm._patience = 0.5
     try:
         with pytest.raises(BackendError, match="ended without an answer"):
@@ -249,7 +278,7 @@ def test_an_engine_that_does_not_listen_is_ended(tmp_path):
 
 
 def test_an_engine_that_died_between_two_runs_is_told(package):
-    arm = bench.llama_cpp(str(package[1]))(threads=1, context=64)
+    arm = bench.rival(f"llama.cpp={package[1]}")(threads=1, context=64)
     try:
         arm._process.kill()
         arm._process.wait()
@@ -261,19 +290,31 @@ def test_an_engine_that_died_between_two_runs_is_told(package):
 
 def test_a_python_that_is_not_there(package):
     with pytest.raises(UsageError, match="cannot be started"):
-        bench.llama_cpp(str(package[1]), "/no/such/python")(threads=1, context=64)
+        bench.rival(f"llama.cpp={package[1]}", {"": "/no/such/python"})(threads=1, context=64)
+
+
+def test_each_engine_may_have_a_python_of_its_own(package, tiny_bundle, capsys):
+    words = ["bench", str(tiny_bundle), "-p", "8", "-n", "0", "--against", f"llama.cpp={package[1]}"]
+    for pythons, code in (["openvino-genai=/no", sys.executable], 0), ([sys.executable, "llama.cpp=/no"], 2):
+        given = [word for python in pythons for word in ("--against-python", python)]
+        assert cli.main([*words, *given, "-r", "1", "-t", "1"]) == code
+    assert "/no cannot be started" in capsys.readouterr().err
 
 
 def test_a_path_may_look_like_options(tmp_path):
     path = tmp_path / "a model -fa on.gguf"
     path.touch()
-    made = bench.llama_cpp(f"{path} -fa auto", "/no/such/python")
+    made = bench.rival(f"llama.cpp={path} -fa auto", {"llama.cpp": "/no/such/python"})
     with pytest.raises(UsageError, match="no/such/python"):
         made(threads=1, context=64)
     with pytest.raises(UsageError, match="no file"):
-        bench.llama_cpp(str(tmp_path / "absent.gguf"))
-    with pytest.raises(UsageError, match="-ngl"):
-        bench.llama_cpp(f"{path} -ngl 99")
+        bench.rival(f"llama.cpp={tmp_path / 'absent.gguf'}")
+    with pytest.raises(UsageError, match="-ngl is not one of -fa, --no-repack"):
+        bench.rival(f"llama.cpp={path} -ngl 99")
+    with pytest.raises(UsageError, match="-fa takes one of on, off, auto"):
+        bench.rival(f"llama-cpp-python={path} -fa")
+    with pytest.raises(UsageError, match="takes no options"):
+        bench.rival(f"openvino-genai={path} -fa off")
 
 
 # What cannot be measured ----------------------------------------------------------------------------------------------

@@ -69,9 +69,21 @@ def test_plan_refuses_what_cannot_fit(capsys, tiny_bundle):
 
 
 def test_run_answers_on_stdout_and_tells_speeds_on_stderr(capsys, smollm2_bundle):
-    answer, said = shoal(capsys, "run", smollm2_bundle, "What is the capital of France?", "--max-tokens", 16)
+    answer, said = shoal(capsys, "run", smollm2_bundle, "Which city is the capital of France?", "--max-tokens", 16)
     assert "Paris" in answer
     assert "tokens/s" in said and "Paris" not in said
+
+
+@pytest.mark.parametrize("kv", ["fp32", "fp16", "int8"])
+def test_kernels_and_the_cache_s_format_can_be_chosen(capsys, smollm2_bundle, kv):
+    for kernels in ("auto", "ort"):
+        options = ("--kv", kv, "--kernels", kernels, "--context", 256)
+        shown, _ = shoal(capsys, "plan", smollm2_bundle, *options)
+        assert ("repacked weights" in shown) == (kernels == "ort") and f"1 x 256 tokens, {kv}" in shown
+        prompt = ("Which city is the capital of France?", "--max-tokens", 12)
+        answer, _ = shoal(capsys, "run", smollm2_bundle, *prompt, *options)
+        assert "Paris" in answer
+    assert "invalid choice" in shoal(capsys, "plan", smollm2_bundle, "--kernels", "others", code=2)[1]
 
 
 def test_run_is_repeatable_with_a_seed(capsys, smollm2_bundle):
@@ -103,7 +115,7 @@ def test_run_embeds_with_an_embedding_model(capsys, minilm_bundle):
     assert "cannot chat" in shoal(capsys, "chat", minilm_bundle, code=2)[1]
 
 
-def test_chat_remembers_resets_and_survives_an_error(capsys, smollm2_bundle, monkeypatch):
+def test_chat_remembers_resets_and_survives_an_error(capsys, smollm2_int8_bundle, monkeypatch):
     lines = [
         "My name is Ada.",
         "What is my name?",
@@ -115,7 +127,7 @@ def test_chat_remembers_resets_and_survives_an_error(capsys, smollm2_bundle, mon
         "/exit",
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    answers, said = shoal(capsys, "chat", smollm2_bundle, "--context", 256, "--max-tokens", 24)
+    answers, said = shoal(capsys, "chat", smollm2_int8_bundle, "--context", 256, "--max-tokens", 24)
     answers = answers.splitlines()
     assert any("Ada" in answer for answer in answers[:3])
     assert "do not fit the context" in said and "/reset forgets" in said
@@ -134,7 +146,7 @@ def test_ctrl_c_in_chat_stops_the_answer_and_not_the_conversation(smollm2_bundle
         read_until(person, b"dragon.\r\n", more=60)
         process.send_signal(signal.SIGINT)
         read_until(person, b"> ")
-        os.write(person, b"What is the capital of France?\n")
+        os.write(person, b"Which city is the capital of France?\n")
         read_until(person, b"Paris")
         read_until(person, b"> ")
         os.write(person, b"/exit\n")

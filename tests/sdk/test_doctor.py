@@ -1,6 +1,9 @@
 """The doctor's findings on machines that are not this one."""
 
+import pytest
+
 from shoal.commands import doctor
+from shoal.runtime import kernels
 
 
 def test_arm_and_x86_features_are_read(tmp_path):
@@ -20,6 +23,23 @@ def test_a_package_that_dies_hangs_or_fails_is_told_apart():
     assert doctor.try_python("import os, signal; os.kill(os.getpid(), signal.SIGILL)")[1] == "dies of SIGILL"
     assert "within" in doctor.try_python("import time; time.sleep(60)", deadline=0.5)[1]
     assert "ZeroDivisionError" in doctor.try_python("1 / 0")[1]
+
+
+@pytest.mark.parametrize(("said", "state"), [("avx512", "ok"), ("scalar", "warn"), ("missing: no compiler", "warn")])
+def test_the_kernels_say_what_they_use_or_why_they_are_missing(monkeypatch, said, state):
+    monkeypatch.setattr(doctor, "try_python", lambda code: (said, ""))
+    found = doctor.kernels()
+    assert found.state == state and found.detail.startswith(said.removeprefix("missing: "))
+    assert ("compiler" in found.fix) == ("missing" in said)
+
+
+def test_the_kernels_of_this_machine_are_asked(monkeypatch):
+    found = doctor.kernels()
+    assert (found.state, found.detail) == ("ok", kernels.isa()) if kernels.available() else found.state == "warn"
+    hide = "import shoal.runtime.kernels as k, pathlib; k.LIBRARY = pathlib.Path('absent'); "
+    real = doctor.try_python
+    monkeypatch.setattr(doctor, "try_python", lambda code: real(hide + code))
+    assert doctor.kernels().state == "warn" and "it was not built" in doctor.kernels().detail
 
 
 def test_an_absent_option_is_absent_and_an_absent_base_is_bad():

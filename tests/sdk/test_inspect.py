@@ -32,4 +32,5 @@ def test_a_recipe_that_this_version_cannot_follow_is_shown(tmp_path, capsys):
         writer.commit()
     assert cli.main(["inspect", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out
-    assert "awq" in said and "4 bits in groups of 32, with zero points" in said
+    assert "awq" in said and "4 bits, in groups of 32, with zero points, rotated" in said
+    assert "8 bits, by rows, with zero points, rotated" in said

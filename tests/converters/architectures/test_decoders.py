@@ -64,10 +64,10 @@ def test_ranges_of_blocks_make_the_whole(converted, tiny, family):
     np.testing.assert_allclose(x[0], expected["logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("format", [Format(8), Format(8, 128), Format(4, 16), Format(8, 32, symmetric=True)], ids=str)
+@pytest.mark.parametrize("format", [Format(8), Format(8, 64, symmetric=True), Format(4), Format(4, 64)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_integers_stay_close(converted, tiny, family, format):
-    """Widths of 48 and 72 fill no group of 32 or 128, so every matrix is padded; gemma3 ties its head."""
+    """Widths of 48 and 72 fill no block of 64, so nearly every matrix is padded; gemma3 ties its head."""
     expected = reference(tiny, family)
     model = converted(tiny / family, Recipe("test", linear=format, embedding=format, head=format))
     with model.open() as session:

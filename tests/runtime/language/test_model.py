@@ -52,6 +52,22 @@ def test_requests_that_share_steps_get_their_own_answers(bundle):
         assert generation._request.ids[len(ids) :] == alone(bundle, ids)
 
 
+@pytest.mark.parametrize("kv", ["fp32", "fp16", "int8"])
+def test_in_integers_company_changes_no_bit_of_the_logits(tiny_folder, tmp_path, kv):
+    """Activations are rounded for each token by itself. In how many chunks a prompt comes may change a rounding."""
+    convert(tiny_folder, tmp_path / "m.shoal", "int4", check_parity=False)
+    rows = RANDOM.integers(3, 250, (3, 40))
+    with shoal.load(tmp_path / "m.shoal", context=64, slots=3, kv=kv) as model:
+        decoder = model.scheduler.decoder
+        for slot in range(3):
+            decoder.forward(slot, rows[slot : slot + 1, :30], [0], [29])
+        for at in range(30, 40):
+            together = decoder.forward(0, rows[:, at : at + 1], [at] * 3, [0, 1, 2]).copy()
+            for slot in range(3):
+                one = decoder.forward(slot, rows[slot : slot + 1, at : at + 1], [at], [0])
+                np.testing.assert_array_equal(one[0], together[slot])
+
+
 def test_threads_may_generate_at_once(bundle):
     prompts = [prompt(4 + length) for length in range(6)]
     found = {}
@@ -223,10 +239,11 @@ def test_wrong_prompts_and_a_closed_model(bundle):
     model.close()
 
 
-def test_an_int8_cache_is_close_and_a_quarter(bundle):
+@pytest.mark.parametrize("kv, share, most", [("fp16", 2, 0.03), ("int8", 4, 0.1)])
+def test_a_smaller_cache_is_close(bundle, kv, share, most):
     ids = prompt(40)
-    with shoal.load(bundle, context=200) as full, shoal.load(bundle, context=200, kv="int8") as small:
+    with shoal.load(bundle, context=200) as full, shoal.load(bundle, context=200, kv=kv) as small:
         exact = full.scheduler.decoder.forward(0, np.array([ids]), [0], list(range(40))).copy()
         coarse = small.scheduler.decoder.forward(0, np.array([ids]), [0], list(range(40)))
-        assert np.abs(exact - coarse).max() < 0.1 * np.abs(exact).max()
-        assert small.scheduler.cache.bytes * 3 < full.scheduler.cache.bytes
+        assert 0 < np.abs(exact - coarse).max() < most * np.abs(exact).max()
+        assert small.scheduler.cache.bytes * (share - 0.9) < full.scheduler.cache.bytes

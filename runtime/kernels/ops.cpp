@@ -1,0 +1,397 @@
+// The operators as ONNX Runtime sees them: domain "shoal", on its threads, over its tensors.
+//
+// A graph comes from a file, so every shape and attribute is checked against what the kernels assume, at every run.
+// Weights are a uint8 tensor, an initializer or an input, or an int64 tensor of one number: the handle of a buffer that
+// may change from run to run (buffers.h).
+#include <algorithm>
+#include <climits>
+#include <cstdio>
+#include <cstring>
+#include <iterator>
+#include <thread>
+
+#include "attention.h"
+#include "buffers.h"
+#include "isa.h"
+#include "linear.h"
+#include "ort.h"
+#include "scratch.h"
+
+namespace shoal {
+namespace {
+
+const OrtApi* api;  // of the one ONNX Runtime in the process
+
+template <int Index, class Function, class... Arguments>
+auto call(Arguments... arguments) {
+  return ort::slot<Index, Function>(api)(arguments...);
+}
+
+// Thrown out of a kernel and turned into a status at its edge.
+struct Refused {
+  OrtStatus* status;
+};
+
+void check(OrtStatus* status) {
+  if (status) throw Refused{status};
+}
+
+[[noreturn]] void refuse(const char* what, int64_t a = 0, int64_t b = 0) {
+  char text[200];
+  std::snprintf(text, sizeof text, what, static_cast<long long>(a), static_cast<long long>(b));
+  throw Refused{call<ort::kCreateStatus, ort::CreateStatus>(ort::kInvalidArgument, static_cast<const char*>(text))};
+}
+
+struct Tensor {
+  uint8_t* data = nullptr;
+  int type = ort::kAny;
+  int64_t dims[4] = {1, 1, 1, 1};
+  size_t rank = 0;
+  int64_t count = 0;  // of elements
+
+  explicit operator bool() const { return data != nullptr; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+  int64_t last() const { return rank ? dims[rank - 1] : 1; }
+};
+
+Tensor describe(const OrtValue* value) {
+  Tensor tensor;
+  if (!value) return tensor;
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  check(call<ort::kGetTensorTypeAndShape, ort::GetTensorTypeAndShape>(value, &info));
+  OrtStatus* status = call<ort::kGetTensorElementType, ort::GetTensorElementType>(
+      const_cast<const OrtTensorTypeAndShapeInfo*>(info), &tensor.type);
+  if (!status) status = call<ort::kGetDimensionsCount, ort::GetDimensionsCount>(
+      const_cast<const OrtTensorTypeAndShapeInfo*>(info), &tensor.rank);
+  if (!status && tensor.rank <= 4) status = call<ort::kGetDimensions, ort::GetDimensions>(
+      const_cast<const OrtTensorTypeAndShapeInfo*>(info), static_cast<int64_t*>(tensor.dims), tensor.rank);
+  call<ort::kReleaseTensorTypeAndShapeInfo, ort::ReleaseTensorTypeAndShapeInfo>(info);
+  check(status);
+  if (tensor.rank > 4) refuse("An input has %lld dimensions.", static_cast<int64_t>(tensor.rank));
+  tensor.count = 1;
+  for (size_t i = 0; i < tensor.rank; ++i) tensor.count *= tensor.dims[i];
+  void* data = nullptr;
+  check(call<ort::kGetTensorMutableData, ort::GetTensorMutableData>(const_cast<OrtValue*>(value), &data));
+  tensor.data = static_cast<uint8_t*>(data);
+  static uint8_t nothing;
+  if (!tensor.data) tensor.data = &nothing;  // of a tensor without elements
+  return tensor;
+}
+
+class Context {
+ public:
+  explicit Context(OrtKernelContext* context) : context_(context) {
+    check(call<ort::kGetInputCount, ort::GetInputCount>(const_cast<const OrtKernelContext*>(context), &count_));
+  }
+
+  Tensor optional(size_t index) const {
+    if (index >= count_) return {};
+    const OrtValue* value = nullptr;
+    check(call<ort::kGetInput, ort::GetInput>(const_cast<const OrtKernelContext*>(context_), index, &value));
+    return describe(value);
+  }
+
+  Tensor input(size_t index, int type) const {
+    Tensor tensor = optional(index);
+    if (!tensor || (type != ort::kAny && tensor.type != type)) refuse("Input %lld is missing or of a wrong type.", index);
+    return tensor;
+  }
+
+  // A vector of floats of this length, or null.
+  const float* vector(size_t index, int64_t length) const {
+    Tensor tensor = optional(index);
+    if (!tensor) return nullptr;
+    if (tensor.type != ort::kFloat || tensor.count != length) refuse("Input %lld is not %lld floats.", index, length);
+    return tensor.as<const float>();
+  }
+
+  uint8_t* output(size_t index, const int64_t* dims, size_t rank) const {
+    OrtValue* value = nullptr;
+    check(call<ort::kGetOutput, ort::GetOutput>(context_, index, dims, rank, &value));
+    void* data = nullptr;
+    check(call<ort::kGetTensorMutableData, ort::GetTensorMutableData>(value, &data));
+    return static_cast<uint8_t*>(data);
+  }
+
+  // Where the weights are; at least `bytes` of them, aligned as the kernels need.
+  const uint8_t* weights(size_t index, int64_t bytes) const {
+    Tensor tensor = input(index, ort::kAny);
+    const uint8_t* data = tensor.data;
+    int64_t have = tensor.count;
+    if (tensor.type == ort::kInt64 && tensor.count == 1) {
+      Buffer buffer = buffer_of(*tensor.as<int64_t>());
+      data = buffer.data;
+      have = buffer.bytes;
+    } else if (tensor.type != ort::kUint8) {
+      refuse("The weights are not bytes.");
+    }
+    if (!data || have < bytes) refuse("The weights have %lld bytes and need %lld.", data ? have : 0, bytes);
+    if (reinterpret_cast<uintptr_t>(data) % 4) refuse("The weights are not aligned.");
+    return data;
+  }
+
+  Parallel parallel() const {
+    static const int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    return {threads, context_, [](void* pool, void (*work)(void*, int64_t), void* state, int64_t count) {
+              struct Job {
+                void (*work)(void*, int64_t);
+                void* state;
+              } job{work, state};
+              auto one = [](void* data, size_t index) {
+                auto of = static_cast<Job*>(data);
+                of->work(of->state, static_cast<int64_t>(index));
+              };
+              check(call<ort::kParallelFor, ort::ParallelFor>(
+                  static_cast<const OrtKernelContext*>(static_cast<OrtKernelContext*>(pool)),
+                  static_cast<void (*)(void*, size_t)>(one), static_cast<size_t>(count), size_t{0},
+                  static_cast<void*>(&job)));
+            }};
+  }
+
+ private:
+  OrtKernelContext* context_;
+  size_t count_ = 0;
+};
+
+int64_t integer(const OrtKernelInfo* info, const char* name, int64_t otherwise) {
+  int64_t value = otherwise;
+  if (OrtStatus* status = call<ort::kAttributeInt64, ort::AttributeInt64>(info, name, &value)) {
+    call<ort::kReleaseStatus, ort::ReleaseStatus>(status);
+    return otherwise;
+  }
+  return value;
+}
+
+float number(const OrtKernelInfo* info, const char* name, float otherwise) {
+  float value = otherwise;
+  if (OrtStatus* status = call<ort::kAttributeFloat, ort::AttributeFloat>(info, name, &value)) {
+    call<ort::kReleaseStatus, ort::ReleaseStatus>(status);
+    return otherwise;
+  }
+  return value;
+}
+
+LinearFormat format_of(const OrtKernelInfo* info) {
+  LinearFormat format{};
+  format.inputs = integer(info, "inputs", 0);
+  format.outputs = integer(info, "outputs", 0);
+  format.bits = static_cast<int>(std::clamp<int64_t>(integer(info, "bits", 0), 0, 99));
+  format.group = integer(info, "group", 0);
+  format.span = integer(info, "span", 0);
+  format.rotated = integer(info, "rotated", 0) == 1;
+  if (!format.valid()) refuse("The weights' format is impossible (%lld inputs, %lld outputs).", format.inputs, format.outputs);
+  return format;
+}
+
+// y [.., outputs] of x [.., inputs]; inputs: x, weights, norm?, bias?, residual?
+struct QuantizedLinear {
+  static constexpr const char* name = "QuantizedLinear";
+  static constexpr int inputs[] = {ort::kFloat, ort::kAny, ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr size_t required = 2;
+  static constexpr int outputs[] = {ort::kFloat};
+
+  LinearFormat format;
+  float epsilon;
+  Activation activation;
+
+  explicit QuantizedLinear(const OrtKernelInfo* info) : format(format_of(info)), epsilon(number(info, "epsilon", 0)) {
+    int64_t kind = integer(info, "activation", 0);
+    if (kind < 0 || kind > 3) refuse("There is no activation %lld.", kind);
+    activation = static_cast<Activation>(kind);
+    if (kind && format.outputs % (2 * kPanel)) refuse("%lld outputs cannot be gated.", format.outputs);
+  }
+
+  void compute(const Context& context) const {
+    Tensor x = context.input(0, ort::kFloat);
+    if (!x.rank || x.last() != format.inputs) refuse("Rows have %lld values, not %lld.", x.last(), format.inputs);
+    const int64_t columns = activation == Activation::none ? format.outputs : format.outputs / 2;
+    Tensor residual = context.optional(4);
+    LinearCall call{x.count / format.inputs, x.as<const float>(), context.weights(1, format.bytes()),
+                    context.vector(2, format.inputs), epsilon, context.vector(3, format.outputs),
+                    residual.as<const float>(), activation, nullptr};
+    if (activation != Activation::none && (call.bias || call.residual)) refuse("A gated product takes neither bias nor residual.");
+    if (residual && (residual.type != ort::kFloat || residual.count != call.rows * columns))
+      refuse("The residual has %lld values, not %lld.", residual.count, call.rows * columns);
+    x.dims[x.rank - 1] = columns;
+    call.y = reinterpret_cast<float*>(context.output(0, x.dims, x.rank));
+    if (!linear(linear_path(), format, call, context.parallel())) refuse("Memory ran out for %lld rows.", call.rows);
+  }
+};
+
+// Rows of a quantised table, y [.., inputs] of ids [..]; inputs: ids, weights.
+struct QuantizedRows {
+  static constexpr const char* name = "QuantizedRows";
+  static constexpr int inputs[] = {ort::kInt64, ort::kAny};
+  static constexpr size_t required = 2;
+  static constexpr int outputs[] = {ort::kFloat};
+
+  LinearFormat format;
+  float factor;
+
+  explicit QuantizedRows(const OrtKernelInfo* info) : format(format_of(info)), factor(number(info, "factor", 1)) {}
+
+  void compute(const Context& context) const {
+    Tensor ids = context.input(0, ort::kInt64);
+    if (ids.rank > 3) refuse("Ids have %lld dimensions.", static_cast<int64_t>(ids.rank));
+    const int64_t* at = ids.as<const int64_t>();
+    for (int64_t i = 0; i < ids.count; ++i)
+      if (at[i] < 0 || at[i] >= format.outputs) refuse("There is no row %lld of %lld.", at[i], format.outputs);
+    const uint8_t* weights = context.weights(1, format.bytes());
+    ids.dims[ids.rank] = format.inputs;
+    auto y = reinterpret_cast<float*>(context.output(0, ids.dims, ids.rank + 1));
+    const int64_t step = 16;
+    context.parallel()((ids.count + step - 1) / step, [&](int64_t item) {
+      const int64_t first = item * step, count = std::min(step, ids.count - first);
+      linear_rows(format, weights, at + first, count, factor, y + first * format.inputs);
+    });
+  }
+};
+
+// Attention over a cache in place; inputs: qkv, keys, values, last, total (for GroupQueryAttention, which lower.py makes of
+// this; unused), cos, sin, q_norm?, k_norm?, k_scale?, v_scale?; outputs: y, keys, values, which are bound to the same memory (else the cache is copied).
+template <int Cache>
+struct CachedAttention {
+  static constexpr const char* name = "CachedAttention";
+  static constexpr int inputs[] = {ort::kFloat, Cache,       Cache,       ort::kInt32, ort::kInt32, ort::kFloat,
+                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr size_t required = 7;
+  static constexpr int outputs[] = {ort::kFloat, Cache, Cache};
+
+  AttentionShape shape{};
+
+  explicit CachedAttention(const OrtKernelInfo* info) {
+    shape.heads = integer(info, "heads", 0);
+    shape.kv_heads = integer(info, "kv_heads", 0);
+    shape.window = integer(info, "window", 0);
+    shape.fast = integer(info, "fast", 0) == 1;
+    shape.scale = number(info, "scale", 1);
+    shape.epsilon = number(info, "epsilon", 0);
+    if (shape.kv_heads < 1 || shape.heads < shape.kv_heads || shape.heads > 4096 || shape.heads % shape.kv_heads ||
+        shape.window < 0)
+      refuse("%lld heads cannot share %lld.", shape.heads, shape.kv_heads);
+  }
+
+  void compute(const Context& context) const {
+    AttentionShape s = shape;
+    Tensor qkv = context.input(0, ort::kFloat), keys = context.input(1, Cache), values = context.input(2, Cache);
+    Tensor last = context.input(3, ort::kInt32), cos = context.input(5, ort::kFloat), sin = context.input(6, ort::kFloat);
+    if (qkv.rank != 3 || keys.rank != 4 || values.rank != 4 ||
+        std::memcmp(keys.dims, values.dims, sizeof keys.dims))
+      refuse("The cache or its rows have another shape.");
+    const int64_t batch = qkv.dims[0], length = qkv.dims[1];
+    s.head_dim = keys.dims[3];
+    s.capacity = keys.dims[2];
+    s.pairs = cos.last();
+    s.cache = Cache == ort::kFloat ? CacheType::f32 : Cache == ort::kFloat16 ? CacheType::f16 : CacheType::i8;
+    if (keys.dims[0] != batch || keys.dims[1] != s.kv_heads || s.head_dim < 2 || s.head_dim % 2 || s.head_dim > 512 ||
+        qkv.dims[2] != (s.heads + 2 * s.kv_heads) * s.head_dim)
+      refuse("The cache or its rows have another shape.");
+    if (cos.rank != 2 || sin.rank != 2 || cos.dims[0] != sin.dims[0] || cos.dims[1] != sin.dims[1] ||
+        2 * s.pairs > s.head_dim)
+      refuse("The rotary tables have another shape.");
+    if (last.count != batch) refuse("There are %lld last positions, not %lld.", last.count, batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t at = last.as<const int32_t>()[b];
+      if (at + 1 < length || at >= s.capacity || at >= cos.dims[0]) refuse("The last position is %lld of %lld.", at, s.capacity);
+    }
+    AttentionCall call{};
+    call.batch = batch;
+    call.length = length;
+    call.last = last.as<const int32_t>();
+    call.qkv = qkv.as<const float>();
+    call.cos = cos.as<const float>();
+    call.sin = sin.as<const float>();
+    call.q_norm = context.vector(7, s.head_dim);
+    call.k_norm = context.vector(8, s.head_dim);
+    call.k_scale = context.vector(9, s.kv_heads * s.head_dim);
+    call.v_scale = context.vector(10, s.kv_heads * s.head_dim);
+    if (s.cache == CacheType::i8 && (!call.k_scale || !call.v_scale)) refuse("The cache has no scales.");
+    int64_t dims[3] = {batch, length, s.heads * s.head_dim};
+    call.out = reinterpret_cast<float*>(context.output(0, dims, 3));
+    const size_t bytes = static_cast<size_t>(keys.count) * (s.cache == CacheType::f32 ? 4 : s.cache == CacheType::f16 ? 2 : 1);
+    call.keys = in_place(context, 1, keys, bytes);
+    call.values = in_place(context, 2, values, bytes);
+    if (!attention(attention_path(), s, call, context.parallel())) refuse("Memory ran out for %lld positions.", length);
+  }
+
+  static void* in_place(const Context& context, size_t index, const Tensor& past, size_t bytes) {
+    uint8_t* present = context.output(index, past.dims, past.rank);
+    if (present != past.data) std::memcpy(present, past.data, bytes);
+    return present;
+  }
+};
+
+template <class Operator>
+struct Registered : OrtCustomOp {
+  Registered() : OrtCustomOp{} {
+    version = ort::kVersion;
+    GetName = [](const OrtCustomOp*) { return Operator::name; };
+    GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+    GetInputType = [](const OrtCustomOp*, size_t index) { return Operator::inputs[index]; };
+    GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Operator::inputs); };
+    GetOutputType = [](const OrtCustomOp*, size_t index) { return Operator::outputs[index]; };
+    GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Operator::outputs); };
+    GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
+      return index < Operator::required ? ort::kRequired : ort::kOptional;
+    };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) -> int { return ort::kRequired; };
+    GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+    GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
+    GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
+    GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+    GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
+    GetStartVersion = [](const OrtCustomOp*) { return 1; };
+    GetEndVersion = [](const OrtCustomOp*) { return INT_MAX; };
+    CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) -> OrtStatus* {
+      return guarded([&] { *kernel = new Operator(info); });
+    };
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatus* {
+      return guarded([&] { static_cast<const Operator*>(kernel)->compute(Context(context)); });
+    };
+    KernelDestroy = [](void* kernel) { delete static_cast<Operator*>(kernel); };
+  }
+
+  template <class Work>
+  static OrtStatus* guarded(Work&& work) {
+    try {
+      work();
+      return nullptr;
+    } catch (const Refused& refused) {
+      return refused.status;
+    } catch (...) {
+      return call<ort::kCreateStatus, ort::CreateStatus>(ort::kFail, "Memory ran out.");
+    }
+  }
+};
+
+}  // namespace
+}  // namespace shoal
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                              const OrtApiBase* base) {
+  using namespace shoal;
+  static Registered<QuantizedLinear> linear;
+  static Registered<QuantizedRows> rows;
+  static Registered<CachedAttention<ort::kFloat>> attention;  // one name: the engine chooses by type
+  static Registered<CachedAttention<ort::kFloat16>> attention_f16;
+  static Registered<CachedAttention<ort::kInt8>> attention_i8;
+  static OrtCustomOpDomain* domain = nullptr;
+  api = base->GetApi(ort::kVersion);
+  if (!api) {  // an older engine: it can still say so
+    const OrtApi* old = base->GetApi(1);
+    return ort::slot<ort::kCreateStatus, ort::CreateStatus>(old)(ort::kFail, "shoal's operators need ONNX Runtime 1.24 or later.");
+  }
+  static OrtStatus* made = [&]() -> OrtStatus* {
+    if (OrtStatus* status = call<ort::kCreateCustomOpDomain, ort::CreateCustomOpDomain>("shoal", &domain)) return status;
+    for (const OrtCustomOp* op : {static_cast<const OrtCustomOp*>(&linear), static_cast<const OrtCustomOp*>(&rows),
+                                  static_cast<const OrtCustomOp*>(&attention), static_cast<const OrtCustomOp*>(&attention_f16),
+                                  static_cast<const OrtCustomOp*>(&attention_i8)})
+      if (OrtStatus* status = call<ort::kCustomOpDomainAdd, ort::CustomOpDomainAdd>(domain, op)) return status;
+    return nullptr;
+  }();
+  if (made) return call<ort::kCreateStatus, ort::CreateStatus>(ort::kFail, "shoal's operators could not be registered.");
+  return call<ort::kAddCustomOpDomain, ort::AddCustomOpDomain>(options, domain);
+}

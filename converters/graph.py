@@ -166,7 +166,7 @@ class GraphBuilder:
             return x, norm
         x = self.rms(x, norm) if norm else x
         self.tapped[names] = f"tap.{names[0]}"
-        shape = ["batch", f"tokens.{names[0]}", matrix.inputs]
+        shape: list[int | str] = ["batch", f"tokens.{names[0]}", matrix.inputs]
         self.output(self.op("Identity", x), self.tapped[names], "float32", shape)
         return x, None
 
@@ -177,7 +177,7 @@ class GraphBuilder:
         values = self._external(matrix.values)
         if matrix.layout is not None:
             return self.op(
-                "QuantizedLinear", x, values, norm and norm.weight, bias, residual, domain=KERNELS,
+                "QuantizedLinear", x, values, norm.weight if norm else None, bias, residual, domain=KERNELS,
                 epsilon=norm.epsilon if norm else 0.0, activation=activation, **vars(matrix.layout),
             )  # fmt: skip
         y = self.op("FusedMatMul", self.rms(x, norm) if norm else x, values, domain=MICROSOFT, transB=1)

@@ -177,7 +177,9 @@ def measure_model(
             for stage, peak in (("loading", loading_peak), ("running", running_peak))
         }
         stream = stack.enter_context(contextlib.closing(machine.Stream(_step_ranges(model), threads)))
+        load_beside = machine.Others()
         results, streamed = run([ours, *others], tests, repetitions, vocab=card.vocab, stream=stream, progress=progress)
+        beside = load_beside.cores()
         own = [result for result in results if result.arm == ours.name]
         decode = next((result for result in own if result.test.kind == "tg"), None)
         prefill = next((result for result in own if result.test.kind == "pp"), None)
@@ -185,6 +187,7 @@ def measure_model(
         report = {
             "model": card.name, "recipe": recipe, "bundle": Path(bundle).name, "digest": model.bundle.digest,
             **_versions(), "processor": machine.processor(), "threads": threads, "repetitions": repetitions,
+            "cores_of_others": beside,
             "results": rows(results, stream.bytes, statistics.fmean(streamed) if streamed else None),
             "prefill_tokens_per_s": prefill and prefill.mean, "decode_tokens_per_s": decode and decode.mean,
             "time_to_first_token_s": statistics.fmean(firsts), "load_s": load_s, "load_note": note,

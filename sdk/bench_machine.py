@@ -124,6 +124,32 @@ class Energy:
         return self._joules if self._last else None
 
 
+class Others:
+    """How many cores other processes kept busy since this was made; this one's children are none of them."""
+
+    def __init__(self, root: str = "/proc"):
+        self._root = Path(root)
+        self._began, self._started = self._busy(), time.monotonic()
+
+    def cores(self) -> float | None:
+        now = self._busy()
+        elapsed = time.monotonic() - self._started
+        return None if now is None or self._began is None else max(0.0, now - self._began) / elapsed
+
+    def _busy(self) -> float | None:
+        """Seconds that all processors worked, less those of this process and its children."""
+        counts = _text(self._root / "stat").split("\n", 1)[0].split()[1:9]
+        if len(counts) < 8:
+            return None
+        user, nice, system, _, _, irq, soft, stolen = map(int, counts)
+        ticks = user + nice + system + irq + soft + stolen
+        for path in self._root.glob("[0-9]*/stat"):
+            fields = _text(path).rpartition(")")[2].split()  # a process's name may have anything in it
+            if len(fields) > 14 and (int(fields[1]) == os.getpid() or path.parent.name == str(os.getpid())):
+                ticks -= int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def processor() -> str:
     """The processor's name, as far as it is known."""
     import platform

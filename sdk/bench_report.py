@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from .show import size
 
 FORMS = ("md", "csv", "json")
+_QUIET = 0.1  # cores: with more, engines whose threads wait for each other lose far more than their share
 _FACTS = (
     "model", "recipe", "digest", "shoal", "onnxruntime", "processor", "threads", "time_to_first_token_s",
-    "peak_anonymous_bytes", "stream_read_gb_per_s",
+    "peak_anonymous_bytes", "stream_read_gb_per_s", "cores_of_others",
 )  # fmt: skip
 
 
@@ -59,6 +60,8 @@ def _markdown(report: dict) -> str:
     facts = {
         "model": f"{report['model']}, {report['recipe']}, bundle {report['digest'][:12]}",
         "machine": f"{report['processor']}, {report['threads']} threads",
+        "other processes": "unavailable" if (beside := report["cores_of_others"]) is None else
+                           f"{beside:.2f} cores busy" + (", so these figures are not to be trusted" if beside > _QUIET else ""),
         "software": f"shoal {report['shoal']}, onnxruntime {report['onnxruntime']}",
         "first token": f"{report['time_to_first_token_s']:.3f} s",
         "load": f"{cold} cold{f' ({note})' if note else ''}, {load['warm']:.2f} s warm",

@@ -103,9 +103,9 @@ def search(
             errors -= values
             if roots is not None:
                 errors *= roots[:, None]
-            cost = np.einsum("gn,gn->n", errors, errors)
+            cost = np.asarray(np.einsum("gn,gn->n", errors, errors))
             better = cost < least
-            least[better], best[better], origin[better] = cost[better], multiplier[better], zero[better]
+            least[better], best[better], origin[better] = cost[better], multiplier[better], zero[better]  # type: ignore[index]
     return best, origin
 
 

@@ -103,7 +103,7 @@ def transcode(
                 )
                 for index, rows in enumerate(split):
                     out.seek(at + (index * half + start // len(split)) * row)
-                    out.write(np.ascontiguousarray(rows))
+                    out.write(np.ascontiguousarray(rows).data)
         step(matrix.end)
     out.seek(0, os.SEEK_END)
     out.write(bytes(lowered.length - out.tell()))

@@ -419,6 +419,25 @@ def test_energy_of_packages_is_summed_and_wraps(tmp_path):
     assert energy.joules() is None
 
 
+def test_what_others_use_is_told_apart_from_ones_own(tmp_path):
+    assert bench_machine.Others(str(tmp_path)).cores() is None
+
+    def write(total, own, child):
+        (tmp_path / "stat").write_text(f"cpu {total} 0 0 999 0 0 0 0 0 0\ncpu0 1 0 0\n")
+        for process, parent, used in ((os.getpid(), 1, own), (7, os.getpid(), child), (8, 1, total)):
+            (tmp_path / str(process)).mkdir(exist_ok=True)
+            (tmp_path / str(process) / "stat").write_text(f"{process} (a) b) R {parent} {'0 ' * 9}{used} 0 {'0 ' * 9}")
+
+    write(100, 10, 10)
+    others = bench_machine.Others(str(tmp_path))
+    write(100 + 10**9, 10 + 10**9, 10)
+    assert others.cores() == 0
+    write(100 + 10**9, 10, 10 + 10**9)
+    assert others.cores() == 0
+    write(100 + 10**9, 10, 10)
+    assert others.cores() > 1000
+
+
 def test_what_has_no_sensor_is_unavailable(monkeypatch):
     monkeypatch.setattr(bench_machine, "celsius", lambda: None)
     monkeypatch.setattr(bench_machine.Energy, "joules", lambda self: None)

@@ -149,7 +149,8 @@ def bundle(wide, tmp_path_factory) -> Callable[[str, Format], Path]:
     return make
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _built():
+@pytest.fixture(scope="session")
+def built() -> None:
+    """For tests that need the library."""
     if not kernels.available():
         pytest.skip(f"the kernels' library is missing: {kernels.missing()}")

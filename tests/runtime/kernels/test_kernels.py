@@ -16,6 +16,8 @@ from shoal.runtime.errors import BackendError, BundleError, UsageError
 from shoal.runtime.kernels import layout
 from shoal.runtime.kernels.layout import LinearFormat
 
+pytestmark = pytest.mark.usefixtures("built")
+
 # inputs, outputs, bits, group, span, rotated
 FORMATS = [
     LinearFormat(128, 32, 4, 32, 128, 1),

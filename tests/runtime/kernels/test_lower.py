@@ -18,6 +18,8 @@ from shoal.runtime.kernels import layout, lower
 from shoal.runtime.kernels.layout import PANEL, LinearFormat
 from shoal.runtime.model import plan
 
+pytestmark = pytest.mark.usefixtures("built")
+
 DECODERS = ("llama", "qwen2", "qwen3", "gemma3")
 FORMATS = [Format(32), Format(8), Format(8, 64), Format(4), Format(4, 64, span=64), Format(3), Format(2, rotated=False)]
 TOKENS = np.random.default_rng(11).integers(4, 260, (2, 44))

@@ -15,6 +15,8 @@ from shoal.runtime import kernels, measure
 from shoal.runtime.errors import BackendError, BundleError, ShoalError
 from shoal.runtime.kernels.layout import LinearFormat
 
+pytestmark = pytest.mark.usefixtures("built")
+
 F, I32, I64, U8 = np.float32, np.int32, np.int64, np.uint8
 FORMAT = LinearFormat(128, 64, 4, 32, 128, 1)
 

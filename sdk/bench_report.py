@@ -60,8 +60,7 @@ def _markdown(report: dict) -> str:
     facts = {
         "model": f"{report['model']}, {report['recipe']}, bundle {report['digest'][:12]}",
         "machine": f"{report['processor']}, {report['threads']} threads",
-        "other processes": "unavailable" if (beside := report["cores_of_others"]) is None else
-                           f"{beside:.2f} cores busy" + (", so these figures are not to be trusted" if beside > _QUIET else ""),
+        "other processes": _beside(report["cores_of_others"]),
         "software": f"shoal {report['shoal']}, onnxruntime {report['onnxruntime']}",
         "first token": f"{report['time_to_first_token_s']:.3f} s",
         "load": f"{cold} cold{f' ({note})' if note else ''}, {load['warm']:.2f} s warm",
@@ -80,6 +79,12 @@ def _markdown(report: dict) -> str:
     if report.get("sustained"):
         facts["sustained"] = _sustained(report["sustained"])
     return "\n".join([*lines, *(f"- {name}: {value}" for name, value in facts.items())]) + "\n"
+
+
+def _beside(cores: float | None) -> str:
+    if cores is None:
+        return "unavailable"
+    return f"{cores:.2f} cores busy" + (", so these figures are not to be trusted" if cores > _QUIET else "")
 
 
 def _sustained(windows: list[dict]) -> str:

@@ -271,8 +271,9 @@ void attend_as(const AttentionShape& shape, const AttentionCall& call, int64_t s
           kMultiply[rows - 1](q + i * n, n, keys, kKeys, n, nullptr, scores, kKeys, round_up(seen, kWidth), nullptr);
         }
         for (int64_t r = 0; r < rows; ++r)
-          shrink[r] = weigh(scores + r * kKeys, queries.sees_from(i + r) - start, queries.position(i + r) + 1 - start,
-                            peaks[i + r], totals + (i + r) * kWidth);
+          shrink[r] = weigh(scores + r * kKeys, queries.sees_from(i + r) - start,
+                            least(present, queries.position(i + r) + 1 - start), peaks[i + r],
+                            totals + (i + r) * kWidth);
         float* to_sums = sums + i * padded;
         if (few) {  // piece by piece, as columns are taken a few at a time
           constexpr float kept[kFewTile] = {1, 1, 1, 1};

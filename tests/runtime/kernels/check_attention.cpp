@@ -1,5 +1,6 @@
 // Compares every attention path of this machine with the scalar one, and that one with a softmax in double precision
-// over the same stored keys and values: shapes of real models, then random ones.
+// over the same stored keys and values: in pieces as a test deals them, and as the operator does over 1 to 4 threads,
+// whose bits must not depend on their number; exact, and rounded to 16 bits. Shapes of real models, then random ones.
 //
 //   check_attention [seed [cases]]      exits with 1 at the first difference
 #include <algorithm>
@@ -12,6 +13,7 @@
 
 #include "attention.h"
 #include "isa.h"
+#include "threads.h"
 
 namespace {
 
@@ -20,7 +22,11 @@ using shoal::AttentionPath;
 using shoal::AttentionShape;
 using shoal::CacheType;
 
-constexpr double kBound = 1e-5;  // of the size of the values that an output averages
+// Of the size of the values that an output averages; more where a score is the sum of terms so large that its own last
+// digits weigh.
+constexpr double kBound = 1e-5, kTerms = 16;
+// Of the greatest value, which fast attention rounds a block by: at worst, and the root of the mean square.
+constexpr double kFastBound = 0.03, kFastUsual = 0.007;
 
 std::mt19937 generator;
 
@@ -104,45 +110,52 @@ class Attention {
 
   // In items of random rows, with exactly the scratch memory that was promised.
   Result run(const AttentionPath& path) const {
-    Result result = {keys_, values_, std::vector<float>(c_.batch * c_.length * shape_.heads * shape_.head_dim, NAN)};
-    const AttentionCall call = {c_.batch,
-                                c_.length,
-                                last_.data(),
-                                qkv_.data(),
-                                c_.q_norm ? q_norm_.data() : nullptr,
-                                c_.k_norm ? k_norm_.data() : nullptr,
-                                cos_.data(),
-                                sin_.data(),
-                                result.keys.data(),
-                                result.values.data(),
-                                shape_.cache == CacheType::i8 ? k_scale_.data() : nullptr,
-                                shape_.cache == CacheType::i8 ? v_scale_.data() : nullptr,
-                                result.out.data()};
-    std::vector<unsigned char> scratch(shoal::scratch_bytes(shape_), 0xff);
-    for (const bool storing : {true, false}) {
-      for (int64_t b = 0; b < c_.batch; ++b) {
-        for (int64_t h = 0; h < shape_.kv_heads; ++h) {
-          for (int64_t from = 0; from < c_.length;) {
-            const int64_t to = uniform(0, 2) ? c_.length : uniform(from + 1, c_.length);
-            if (storing) {
-              path.store(shape_, call, b, h, from, to);
-            } else {
-              path.attend(shape_, call, b, h, from, to, scratch.data());
+    return with([&](const AttentionCall& call) {
+      std::vector<unsigned char> scratch(shoal::scratch_bytes(shape_), 0xff);
+      for (const bool storing : {true, false}) {
+        for (int64_t b = 0; b < c_.batch; ++b) {
+          for (int64_t h = 0; h < shape_.kv_heads; ++h) {
+            for (int64_t from = 0; from < c_.length;) {
+              const int64_t to = uniform(0, 2) ? c_.length : uniform(from + 1, c_.length);
+              if (storing) {
+                path.store(shape_, call, b, h, from, to);
+              } else {
+                path.attend(shape_, call, b, h, from, to, scratch.data());
+              }
+              from = to;
             }
-            from = to;
           }
         }
       }
-    }
-    return result;
+    });
   }
 
-  // How large the values are that a head's output averages, and how far it is from what it should be: for each head of
-  // each row. (The average itself may happen to be near zero.)
+  // As the operator does.
+  Result spread(const AttentionPath& path, int threads, bool fast) const {
+    AttentionShape shape = shape_;
+    shape.fast = fast;
+    return with([&](const AttentionCall& call) {
+      if (!shoal::attention(path, shape, call, on(threads))) fail("no memory");
+    });
+  }
+
+  // For each head of each row: how far its output is from what it should be, how far it may be (by the size of the values
+  // that it averages: the average itself may happen to be near zero), and how large the greatest value of its cache is.
+  struct Judged {
+    double error, bound, greatest;
+    int64_t sequence, row, head;
+  };
   template <class Judge>
   void compare(const Result& result, Judge judge) const {
     const int64_t n = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
     for (int64_t b = 0; b < c_.batch; ++b) {
+      const int64_t oldest = last_[b] - c_.length + 1 - (shape_.window ? shape_.window - 1 : last_[b]);
+      std::vector<double> greatest(shape_.heads);
+      for (int64_t h = 0; h < shape_.heads; ++h) {
+        const int64_t head = h / group, cache = (b * shape_.kv_heads + head) * shape_.capacity * n;
+        for (int64_t at = std::max<int64_t>(0, oldest) * n; at < (last_[b] + 1) * n; ++at)
+          greatest[h] = std::max(greatest[h], std::fabs(get(result.values, cache + at, v_scale_[head * n + at % n])));
+      }
       for (int64_t row = 0; row < c_.length; ++row) {
         const int64_t position = last_[b] - c_.length + 1 + row;
         const int64_t first = shape_.window ? std::max<int64_t>(0, position - shape_.window + 1) : 0;
@@ -150,11 +163,15 @@ class Attention {
           const std::vector<double> query = turned(b, row, h, c_.q_norm ? q_norm_.data() : nullptr);
           const int64_t cache = (b * shape_.kv_heads + h / group) * shape_.capacity, channels = h / group * n;
           std::vector<double> weights;
-          double peak = -INFINITY, total = 0;
+          double peak = -INFINITY, total = 0, terms = 0;
           for (int64_t p = first; p <= position; ++p) {
-            double score = 0;
-            for (int64_t i = 0; i < n; ++i)
-              score += query[i] * get(result.keys, (cache + p) * n + i, k_scale_[channels + i]);
+            double score = 0, size = 0;
+            for (int64_t i = 0; i < n; ++i) {
+              const double term = query[i] * get(result.keys, (cache + p) * n + i, k_scale_[channels + i]);
+              score += term;
+              size += std::fabs(term) * static_cast<double>(shape_.scale);
+            }
+            terms = std::max(terms, size);
             weights.push_back(score * static_cast<double>(shape_.scale));
             peak = std::max(peak, weights.back());
           }
@@ -174,7 +191,8 @@ class Attention {
             const double error = std::fabs(want[i] - static_cast<double>(got[i]));
             worst = error <= worst ? worst : error;  // NaN is worst
           }
-          judge(largest, worst, b, row, h);
+          const double bound = kBound * largest * std::max(1.0, terms / kTerms);
+          judge(Judged{worst, bound, greatest[h], b, row, h});
         }
       }
     }
@@ -219,6 +237,16 @@ class Attention {
   }
 
  private:
+  template <class Work>
+  Result with(Work work) const {
+    Result result = {keys_, values_, std::vector<float>(c_.batch * c_.length * shape_.heads * shape_.head_dim, NAN)};
+    const bool scaled = shape_.cache == CacheType::i8;
+    work({c_.batch, c_.length, last_.data(), qkv_.data(), c_.q_norm ? q_norm_.data() : nullptr,
+          c_.k_norm ? k_norm_.data() : nullptr, cos_.data(), sin_.data(), result.keys.data(), result.values.data(),
+          scaled ? k_scale_.data() : nullptr, scaled ? v_scale_.data() : nullptr, result.out.data()});
+    return result;
+  }
+
   void put(std::vector<unsigned char>& cache, int64_t at) const {
     const float x = std::normal_distribution<float>(0, c_.deviation)(generator);
     const int8_t code = static_cast<int8_t>(uniform(-128, 127));
@@ -284,37 +312,73 @@ class Attention {
   std::vector<unsigned char> keys_, values_;
 };
 
-double worst_scalar = 0, worst = 0;
+double worst_scalar = 0, worst = 0, worst_fast = 0, usual_fast = 0;
 int cases = 0, most = 0;
+
+// What a path gave against what the scalar one did, whose outputs have `bounds`.
+void expect_near(const Attention& attention, const char* name, const Attention::Result& result,
+                 const Attention::Result& scalar, const std::vector<double>& bounds, const AttentionShape& shape) {
+  if (result.keys != scalar.keys || result.values != scalar.values) {
+    std::fprintf(stderr, "%s: ", name);
+    attention.fail("stored other bits than scalar");
+  }
+  for (size_t i = 0; i < result.out.size(); ++i) {
+    const double error = std::fabs(static_cast<double>(result.out[i]) - static_cast<double>(scalar.out[i]));
+    const double relative = error / bounds[i / shape.head_dim];
+    if (!(relative <= 1)) {
+      std::fprintf(stderr, "%s: %.9g, scalar %.9g: ", name, static_cast<double>(result.out[i]),
+                   static_cast<double>(scalar.out[i]));
+      attention.fail("differs at row %lld head %lld channel %lld",
+                     static_cast<int64_t>(i) / shape.head_dim / shape.heads,
+                     static_cast<int64_t>(i) / shape.head_dim % shape.heads, static_cast<int64_t>(i) % shape.head_dim);
+    }
+    worst = std::max(worst, relative);
+  }
+}
 
 void check(const Case& c, const std::vector<const AttentionPath*>& paths) {
   if (cases == most) return;
   const Attention attention(c);
   const Attention::Result scalar = attention.run(shoal::attention_scalar());
   attention.check_stored(scalar);
-  std::vector<double> largest;
-  attention.compare(scalar, [&](double size, double error, int64_t b, int64_t row, int64_t h) {
-    largest.push_back(size);
-    worst_scalar = std::max(worst_scalar, error / size);
-    if (!(error <= kBound * size)) attention.fail("scalar: wrong at sequence %lld row %lld head %lld", b, row, h);
+  std::vector<double> bounds;
+  attention.compare(scalar, [&](const Attention::Judged& at) {
+    bounds.push_back(at.bound);
+    worst_scalar = std::max(worst_scalar, at.error / at.bound);
+    if (!(at.error <= at.bound))
+      attention.fail("scalar: wrong at sequence %lld row %lld head %lld", at.sequence, at.row, at.head);
   });
-  const int64_t n = c.shape.head_dim;
-  for (const AttentionPath* path : paths) {
-    const Attention::Result result = attention.run(*path);
-    if (result.keys != scalar.keys || result.values != scalar.values) {
-      std::fprintf(stderr, "%s: ", path->name);
-      attention.fail("stored other bits than scalar");
-    }
-    for (size_t i = 0; i < result.out.size(); ++i) {
-      const double error = std::fabs(static_cast<double>(result.out[i]) - static_cast<double>(scalar.out[i]));
-      const double relative = error / largest[i / n];
-      if (!(relative <= kBound)) {
-        std::fprintf(stderr, "%s: %.9g, scalar %.9g: ", path->name, static_cast<double>(result.out[i]),
-                     static_cast<double>(scalar.out[i]));
-        attention.fail("differs at row %lld head %lld channel %lld", static_cast<int64_t>(i) / n / c.shape.heads,
-                       static_cast<int64_t>(i) / n % c.shape.heads, static_cast<int64_t>(i) % n);
+  std::vector<const AttentionPath*> all = paths;
+  all.push_back(&shoal::attention_scalar());
+  for (const AttentionPath* path : all) {
+    if (path != all.back()) expect_near(attention, path->name, attention.run(*path), scalar, bounds, c.shape);
+    for (const bool fast : {false, true}) {
+      const Attention::Result one = attention.spread(*path, 1, fast);
+      const Attention::Result more = attention.spread(*path, static_cast<int>(uniform(2, 4)), fast);
+      if (one.keys != more.keys || one.values != more.values ||
+          std::memcmp(one.out.data(), more.out.data(), one.out.size() * sizeof(float))) {
+        std::fprintf(stderr, "%s%s: ", path->name, fast ? ", fast" : "");
+        attention.fail("the bits depend on the number of threads");
       }
-      worst = std::max(worst, relative);
+      if (!fast) {
+        expect_near(attention, path->name, one, scalar, bounds, c.shape);
+        continue;
+      }
+      double squares = 0;
+      attention.compare(one, [&](const Attention::Judged& at) {
+        const double relative = at.error / at.greatest;
+        worst_fast = std::max(worst_fast, relative);
+        squares += relative * relative;
+        if (relative <= kFastBound) return;
+        std::fprintf(stderr, "%s, fast: %g of %g: ", path->name, at.error, at.greatest);
+        attention.fail("wrong at sequence %lld row %lld head %lld", at.sequence, at.row, at.head);
+      });
+      usual_fast = std::max(usual_fast, std::sqrt(squares / static_cast<double>(bounds.size())));
+      if (squares > kFastUsual * kFastUsual * static_cast<double>(bounds.size())) {
+        std::fprintf(stderr, "%s, fast: %g of it: ", path->name,
+                     std::sqrt(squares / static_cast<double>(bounds.size())));
+        attention.fail("usually wrong");
+      }
     }
   }
   ++cases;
@@ -368,6 +432,16 @@ int main(int argc, char** argv) {
     windowed = make(7, 1, 16, 1, 500, type);
     windowed.shape.window = 97;
     usual.push_back(windowed);
+    // Over several parts of the keys; a window begins and ends amid one
+    usual.push_back(make(14, 2, 64, 1, 1300, type));
+    usual.push_back(make(9, 3, 64, 5, 1021, type));
+    usual.push_back(make(6, 2, 130, 2, 700, type));
+    windowed = make(4, 1, 256, 4, 900, type);
+    windowed.shape.window = 512;
+    usual.push_back(windowed);
+    windowed = make(4, 2, 80, 3, 1100, type);
+    windowed.shape.window = 301;
+    usual.push_back(windowed);
   }
   std::shuffle(usual.begin(), usual.end(), generator);
   for (const Case& c : usual) check(c, paths);
@@ -390,5 +464,6 @@ int main(int argc, char** argv) {
     check(c, paths);
   }
 
-  std::printf("scalar within %.1e of double precision, the others within %.1e of scalar\n", worst_scalar, worst);
+  std::printf("of the bounds: scalar %.2f from double precision, the others %.2f from scalar; fast within %.1e, %.1e usually\n",
+              worst_scalar, worst, worst_fast, usual_fast);
 }

@@ -4,7 +4,6 @@
 //
 //   check_linear [seed [rounds]]      exits with 1 at the first difference
 #include <algorithm>
-#include <atomic>
 #include <cinttypes>
 #include <cmath>
 #include <cstdarg>
@@ -13,11 +12,11 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "isa.h"
 #include "linear.h"
+#include "threads.h"
 
 using namespace shoal;
 
@@ -249,18 +248,6 @@ void check_quantized(const LinearFormat& f, const float* x, const Activations& a
   expect_same("a group's sum", linear_scalar(), a.sums + row * f.groups(), sums.data(), f.groups());
 }
 
-// The threads of one product are started for it.
-void run_threads(void* pool, void (*work)(void*, int64_t), void* state, int64_t count) {
-  std::atomic<int64_t> next{0};
-  auto loop = [&] {
-    for (int64_t i; (i = next++) < count;) work(state, i);
-  };
-  std::vector<std::thread> threads;
-  for (int i = 1; i < *static_cast<int*>(pool); ++i) threads.emplace_back(loop);
-  loop();
-  for (auto& thread : threads) thread.join();
-}
-
 double activated(Activation activation, double x) {
   switch (activation) {
     case Activation::silu: return x / (1 + std::exp(-x));
@@ -379,7 +366,7 @@ void check_round() {
     int threads = 1;
     LinearCall scalar_call = call;
     scalar_call.y = wanted.data();
-    if (!linear(scalar, f, scalar_call, {threads, &threads, run_threads})) fail("no memory");
+    if (!linear(scalar, f, scalar_call, on(threads))) fail("no memory");
     auto gate_and_up = [&](int64_t row, int64_t n) {
       const float* gate = sums.data() + row * ld + n / kPanel * 2 * kPanel + n % kPanel;
       return std::pair<double, double>{activated(activation, gate[0]) * gate[kPanel],
@@ -427,7 +414,7 @@ void check_round() {
       std::memcpy(y.data(), residual.data(), static_cast<size_t>(rows * columns) * sizeof(float));
       my_call.residual = y.data();
     }
-    if (!linear(*path, f, my_call, {threads, &threads, run_threads})) fail("no memory");
+    if (!linear(*path, f, my_call, on(threads))) fail("no memory");
     expect_same("linear", *path, y.data(), wanted.data(), rows * columns);
   }
 

@@ -1,5 +1,5 @@
-// One product, spread over threads: a few rows read each panel once; many rows expand two panels at a time into a
-// thread's own scratch and run over all of their tiles.
+// One product, spread over threads: a few rows read each panel once; many rows expand some panels at a time into a
+// thread's own scratch, and each tile of the activations meets all of them while it is in the caches.
 #include "linear.h"
 
 #include <algorithm>
@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kPieceBytes = 32 << 10;  // of weights: a few microseconds of a core's share of memory speed
 constexpr int64_t kItems = 8;             // a thread, so that one that started late or slowly does less
 constexpr int64_t kItemRows = 64;         // at least: expanding two panels costs as much as five rows
+constexpr size_t kExpanded = 512 << 10;   // bytes of panels: about half of a core's second cache
 
 void few(const LinearPath& path, const LinearFormat& f, const LinearCall& call, const Activations& a,
          const Parallel& parallel) {
@@ -30,32 +31,36 @@ void few(const LinearPath& path, const LinearFormat& f, const LinearCall& call, 
 
 bool many(const LinearPath& path, const LinearFormat& f, const LinearCall& call, const Activations& a,
           const Parallel& parallel) {
-  const int64_t pairs = (f.panels() + 1) / 2;
-  const int64_t wanted = (kItems * parallel.threads + pairs - 1) / pairs;  // parts of the rows
+  const size_t expanded = static_cast<size_t>(f.padded() * kPanel);
+  const int64_t most = 4 * expanded <= kExpanded ? 4 : 2, items = (f.panels() + most - 1) / most;
+  const int64_t wanted = (kItems * parallel.threads + items - 1) / items;  // parts of the rows
   int64_t step = std::max(kItemRows, (call.rows + wanted - 1) / wanted);
   step = (step + kRows - 1) / kRows * kRows;
   const int64_t parts = (call.rows + step - 1) / step;
   bool enough = true;
-  parallel(pairs * parts, [&](int64_t item) {
-    const int64_t panel = item / parts * 2, panels = std::min<int64_t>(2, f.panels() - panel);
-    const size_t expanded = static_cast<size_t>(f.padded() * kPanel);
-    Scratch scratch(2 * expanded);
+  parallel(items * parts, [&](int64_t item) {
+    Scratch scratch(static_cast<size_t>(most) * expanded);
     if (!scratch) {
       __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
       return;
     }
-    int8_t* weights = scratch.take<int8_t>(2 * f.padded() * kPanel);
-    const uint8_t* headers[2];
-    for (int64_t p = 0; p < panels; ++p) {
-      headers[p] = call.weights + (panel + p) * f.panel_bytes();
+    int8_t* weights = scratch.take<int8_t>(most * f.padded() * kPanel);
+    const int64_t begin = item / parts * most, end = std::min(begin + most, f.panels());
+    const uint8_t* headers[4];
+    for (int64_t p = 0; p < end - begin; ++p) {
+      headers[p] = call.weights + (begin + p) * f.panel_bytes();
       path.expand(f, headers[p], weights + static_cast<size_t>(p) * expanded);
     }
     alignas(64) float sums[kRows * 2 * kPanel];
-    const int64_t end = std::min(call.rows, (item % parts + 1) * step);
-    for (int64_t first = item % parts * step; first < end; first += kRows) {
-      const int64_t rows = std::min<int64_t>(kRows, end - first);
-      path.tile(f, weights, headers, static_cast<int>(panels), a, first, rows, sums, 2 * kPanel);
-      path.finish(f, call, sums, 2 * kPanel, first, rows, panel, panels);
+    const int64_t last = std::min(call.rows, (item % parts + 1) * step);
+    for (int64_t first = item % parts * step; first < last; first += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, last - first);
+      for (int64_t p = 0; p < end - begin; p += 2) {
+        const int64_t panels = std::min<int64_t>(2, end - begin - p);
+        const int8_t* of = weights + static_cast<size_t>(p) * expanded;
+        path.tile(f, of, headers + p, static_cast<int>(panels), a, first, rows, sums, 2 * kPanel);
+        path.finish(f, call, sums, 2 * kPanel, first, rows, begin + p, panels);
+      }
     }
   });
   return enough;

@@ -78,3 +78,21 @@ class MissingPackageError(ShoalError):
     """An optional package that this feature needs is not installed."""
 
     code = 11
+
+
+class LinkError(ShoalError):
+    """A link to a peer broke, fell silent, or carries what is not our protocol."""
+
+    code = 12
+
+
+class TrustError(ShoalError):
+    """A peer is not paired or no longer trusted, a pairing failed, or a signature does not hold."""
+
+    code = 13
+
+
+class RemoteError(ShoalError):
+    """The peer refused a request or failed at it; `what`, `why` and `fix` are what it said."""
+
+    code = 14

@@ -18,11 +18,14 @@ import struct
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import ShoalError, StorageError
 from .events import Event, Progress
+
+T = TypeVar("T")
 
 MAGIC = b"SHOALDEV"
 VERSION = 1
@@ -138,6 +141,24 @@ def find(folder: Path, name: str) -> CacheFile | None:
             os.utime(found.fd, ns=(time.time_ns(), found.index["made"]))  # used just now: the last to go
             return found
     return None
+
+
+def found_or_made(folder: Path, find: Callable[[], T | None], make: Callable[[], None], progress: Progress) -> T:
+    """What `find` gives, after `make` where it gives nothing: by one process at a time. Raises StorageError."""
+    found = find()
+    if found is None:
+        with making(folder, progress):
+            found = find()  # another process may have been faster
+            if found is None:
+                make()
+                found = find()
+    if found is None:
+        raise StorageError(
+            f"What was prepared in {folder} cannot be read back.",
+            "The file is not what was written.",
+            "Check the disk, or set SHOAL_CACHE to a folder elsewhere.",
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import device_cache
 from .device_cache import CacheFile, CacheWriter, cache_folder
-from .errors import BackendError, StorageError
+from .errors import BackendError
 from .events import Event, Progress, silent
 from .kernels import lower
 from .onnx_wire import External
@@ -56,20 +56,13 @@ def portable(
     lowered = lower.lower(read(graph, places))
     layout = [(m.name, vars(m.format), m.source.location, m.source.offset, m.gated) for m in lowered.matrices]
     name = hashlib.sha256(json.dumps([_VERSION, key, layout]).encode()).hexdigest()[:40]
-    file = device_cache.find(folder, name)
-    if file is None:
-        with device_cache.making(folder, progress):
-            file = device_cache.find(folder, name)  # another process may have been faster
-            if file is None:
-                device_cache.make_room(folder, 2 * lowered.length + (1 << 20), LIMIT)
-                with device_cache.create(folder, name, {}) as writer:
-                    _fill(writer, lowered, places, progress)
-                file = device_cache.find(folder, name)
-    if file is None:
-        raise StorageError(
-            f"What was prepared in {folder} cannot be read back.", "The file is not what was written.",
-            "Check the disk, or set SHOAL_CACHE to a folder elsewhere.",
-        )  # fmt: skip
+
+    def make() -> None:
+        device_cache.make_room(folder, 2 * lowered.length + (1 << 20), LIMIT)
+        with device_cache.create(folder, name, {}) as writer:
+            _fill(writer, lowered, places, progress)
+
+    file = device_cache.found_or_made(folder, lambda: device_cache.find(folder, name), make, progress)
     place = Place(str(file.path), device_cache.PAGE, lowered.length, file.fd)
     return Portable(lowered.graph, {**places, lower.LOCATION: place}, file)
 

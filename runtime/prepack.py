@@ -95,25 +95,17 @@ def prepare(
         raise StorageError("Weights cannot be prepared here.", "It needs POSIX file locks.", "Pass prepare=False.")
     folder = Path(folder) if folder is not None else cache_folder()
     name = _digest([_VERSION, key, hashlib.sha256(graph).hexdigest(), sorted(places), *device()])[:40]
-    found = _reuse(folder, name, places)
-    if found is None:
-        with device_cache.making(folder, progress):
-            found = _reuse(folder, name, places)  # another process may have been faster
-            if found is None:
-                model = read(graph, places)
-                expected = estimate(model)
-                # Beside the file itself: one node's weights and their copy, as ORT writes them
-                device_cache.make_room(folder, expected.repacked + 3 * expected.largest + (1 << 20), limit)
-                index: dict = {}
-                with device_cache.create(folder, name, index) as writer:
-                    _fill(writer, index, model, places, expected.repacked, progress)
-                found = _reuse(folder, name, places)
-    if found is None:
-        raise StorageError(
-            f"What was prepared in {folder} cannot be read back.", "The file is not what was written.",
-            "Check the disk, or set SHOAL_CACHE to a folder elsewhere.",
-        )  # fmt: skip
-    return found
+
+    def make() -> None:
+        model = read(graph, places)
+        expected = estimate(model)
+        # Beside the file itself: one node's weights and their copy, as ORT writes them
+        device_cache.make_room(folder, expected.repacked + 3 * expected.largest + (1 << 20), limit)
+        index: dict = {}
+        with device_cache.create(folder, name, index) as writer:
+            _fill(writer, index, model, places, expected.repacked, progress)
+
+    return device_cache.found_or_made(folder, lambda: _reuse(folder, name, places), make, progress)
 
 
 def device() -> tuple[str, ...]:

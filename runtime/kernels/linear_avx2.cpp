@@ -206,27 +206,6 @@ void dot_rows(const LinearFormat& f, const uint8_t* panel, const Activations& a,
 }
 
 template <int Bits>
-void dot_bits(const LinearFormat& f, const uint8_t* panel, const Activations& a, int64_t first, int64_t count,
-              float* out, int64_t ld) {
-  switch (count) {
-    case 1: return dot_rows<Bits, 1>(f, panel, a, first, out, ld);
-    case 2: return dot_rows<Bits, 2>(f, panel, a, first, out, ld);
-    case 3: return dot_rows<Bits, 3>(f, panel, a, first, out, ld);
-    default: return dot_rows<Bits, 4>(f, panel, a, first, out, ld);
-  }
-}
-
-void dot(const LinearFormat& f, const uint8_t* panel, const Activations& a, int64_t first, int64_t count, float* out,
-         int64_t ld) {
-  switch (f.bits) {
-    case 2: return dot_bits<2>(f, panel, a, first, count, out, ld);
-    case 3: return dot_bits<3>(f, panel, a, first, count, out, ld);
-    case 4: return dot_bits<4>(f, panel, a, first, count, out, ld);
-    default: return dot_bits<8>(f, panel, a, first, count, out, ld);
-  }
-}
-
-template <int Bits>
 void expand_bits(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
   const uint8_t* codes = panel + f.codes_at();
   for (int64_t k = 0, padded = f.padded(); k < padded; k += kHalf, to += kHalf * kPanel) {
@@ -235,15 +214,6 @@ void expand_bits(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
     for (int j = 0; j < 8; ++j)
       for (int side = 0; side < 2; ++side)
         _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64 * j + 32 * side), half.quad(j, side));
-  }
-}
-
-void expand(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
-  switch (f.bits) {
-    case 2: return expand_bits<2>(f, panel, to);
-    case 3: return expand_bits<3>(f, panel, to);
-    case 4: return expand_bits<4>(f, panel, to);
-    default: return expand_bits<8>(f, panel, to);
   }
 }
 
@@ -310,6 +280,8 @@ void tile(const LinearFormat& f, const int8_t* weights, const uint8_t* const* he
           const Activations& a, int64_t first, int64_t count, float* out, int64_t ld) {
   (f.bits == 8 ? tile_rows<2> : tile_rows<1>)(f, weights, headers, panels, a, first, count, out, ld);
 }
+
+#include "linear_dispatch.inl"
 
 }  // namespace
 

@@ -153,30 +153,9 @@ void dot_rows(const LinearFormat& f, const uint8_t* panel, const Activations& a,
   for (int r = 0; r < Count; ++r) _mm512_storeu_ps(out + r * ld, y[r]);
 }
 
-template <int Bits>
-void dot_any(const LinearFormat& f, const uint8_t* panel, const Activations& a, int64_t first, int64_t count,
-             float* out, int64_t ld) {
-  switch (count) {
-    case 1: return dot_rows<Bits, 1>(f, panel, a, first, out, ld);
-    case 2: return dot_rows<Bits, 2>(f, panel, a, first, out, ld);
-    case 3: return dot_rows<Bits, 3>(f, panel, a, first, out, ld);
-    default: return dot_rows<Bits, 4>(f, panel, a, first, out, ld);
-  }
-}
-
-void dot(const LinearFormat& f, const uint8_t* panel, const Activations& a, int64_t first, int64_t count, float* out,
-         int64_t ld) {
-  switch (f.bits) {
-    case 2: return dot_any<2>(f, panel, a, first, count, out, ld);
-    case 3: return dot_any<3>(f, panel, a, first, count, out, ld);
-    case 4: return dot_any<4>(f, panel, a, first, count, out, ld);
-    default: return dot_any<8>(f, panel, a, first, count, out, ld);
-  }
-}
-
 // The weights as unsigned bytes, 128 too large: `tile` begins its sums at -128 times the activations' total.
 template <int Bits>
-void expand_any(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
+void expand_bits(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
   const uint8_t* groups = panel + f.groups_at();
   const uint8_t* codes = panel + f.codes_at();
   for (int64_t k = 0; k < f.padded(); k += 32) {
@@ -197,15 +176,6 @@ void expand_any(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
       }
       _mm512_store_si512(to + k * kPanel + 64 * j, v);
     });
-  }
-}
-
-void expand(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
-  switch (f.bits) {
-    case 2: return expand_any<2>(f, panel, to);
-    case 3: return expand_any<3>(f, panel, to);
-    case 4: return expand_any<4>(f, panel, to);
-    default: return expand_any<8>(f, panel, to);
   }
 }
 
@@ -271,6 +241,8 @@ void tile(const LinearFormat& f, const int8_t* weights, const uint8_t* const* he
           const Activations& a, int64_t first, int64_t count, float* out, int64_t ld) {
   (panels == 1 ? tile_any<1> : tile_any<2>)(f, weights, headers, a, first, count, out, ld);
 }
+
+#include "linear_dispatch.inl"
 
 }  // namespace
 

@@ -158,27 +158,6 @@ void dot_rows(const LinearFormat& f, const uint8_t* panel, const Activations& a,
 }
 
 template <int Bits>
-void dot_bits(const LinearFormat& f, const uint8_t* panel, const Activations& a, int64_t first, int64_t count,
-              float* out, int64_t ld) {
-  switch (count) {
-    case 1: return dot_rows<Bits, 1>(f, panel, a, first, out, ld);
-    case 2: return dot_rows<Bits, 2>(f, panel, a, first, out, ld);
-    case 3: return dot_rows<Bits, 3>(f, panel, a, first, out, ld);
-    default: return dot_rows<Bits, 4>(f, panel, a, first, out, ld);
-  }
-}
-
-void dot(const LinearFormat& f, const uint8_t* panel, const Activations& a, int64_t first, int64_t count, float* out,
-         int64_t ld) {
-  switch (f.bits) {
-    case 2: return dot_bits<2>(f, panel, a, first, count, out, ld);
-    case 3: return dot_bits<3>(f, panel, a, first, count, out, ld);
-    case 4: return dot_bits<4>(f, panel, a, first, count, out, ld);
-    default: return dot_bits<8>(f, panel, a, first, count, out, ld);
-  }
-}
-
-template <int Bits>
 void expand_bits(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
   const uint8_t* codes = panel + f.codes_at();
   const uint8x16_t each = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
@@ -196,15 +175,6 @@ void expand_bits(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
         vst1q_s8(to + 64 * j + 16 * four, v);
       }
     }
-  }
-}
-
-void expand(const LinearFormat& f, const uint8_t* panel, int8_t* to) {
-  switch (f.bits) {
-    case 2: return expand_bits<2>(f, panel, to);
-    case 3: return expand_bits<3>(f, panel, to);
-    case 4: return expand_bits<4>(f, panel, to);
-    default: return expand_bits<8>(f, panel, to);
   }
 }
 
@@ -259,6 +229,8 @@ void tile(const LinearFormat& f, const int8_t* weights, const uint8_t* const* he
       }
   }
 }
+
+#include "linear_dispatch.inl"
 
 }  // namespace
 

@@ -115,12 +115,14 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1).encode()
 
 
-_INT8, _INT4 = Format(8), Format(4)
+# A scale for each 128 inputs, of weights and activations alike, halves what 8 bits lose with one a row (KL on Gemma 3
+# 270M .0030 to .0016 nats); prefill is a fifth slower, decoding as fast
+_INT8, _INT4, _TABLE = Format(8, 128), Format(4), Format(8)
 NAMED = {
     "fp32": Recipe(),
     "int8": Recipe("int8", linear=_INT8, embedding=_INT8, head=_INT8, smooth=True),
-    "int4": Recipe("int4", linear=_INT4, embedding=_INT8, head=_INT4, smooth=True),
-    "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_INT8, head=_INT4, method="gptq"),
+    "int4": Recipe("int4", linear=_INT4, embedding=_TABLE, head=_INT4, smooth=True),
+    "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_TABLE, head=_INT4, method="gptq"),
 }
 
 

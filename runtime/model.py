@@ -27,7 +27,7 @@ from .mapped import ALWAYS
 from .portable import portable
 
 _TOKENIZER = 1 << 19  # its code and the heap's slack, beside its tables
-_ENGINE = 19 << 18  # what an ORT environment and session hold, and for each node of the graph:
+_ENGINE = 16 << 18  # what an ORT environment and session hold, and for each node of the graph:
 _ENGINE_NODE = 4 << 10
 _CODE = 42 << 18  # of the engine and the kernels, where these do the work
 _PIECE = 1 << 10  # what whole pages add to a node's weights

@@ -34,7 +34,7 @@ LAZILY = {
     "sdk": {"tqdm", "psutil", "readline", "llguidance", "onnxruntime", "xllamacpp"},
     "runtime": {"tokenizers", "jinja2", "llguidance"},
     "converters": {"torch", "jinja2"},
-    "device_agents": {"flwr", "starlette", "uvicorn"},
+    "device_agents": {"segno", "flwr", "starlette", "uvicorn", "ray"},
 }
 NETWORK = {"http.client", "urllib.request", "starlette", "uvicorn", "httpx", "requests"}
 ENGINE_DOORS = {"runtime/session.py", "runtime/prepack.py"}

@@ -39,6 +39,7 @@ class Call:
         self._answer: Message | None = None
         self._received: deque[bytes | bytearray] = deque()
         self._unsent: deque[memoryview] = deque()
+        self._queued = 0  # bytes that the protocol had of it, unsent, at the last look
         self._finishing = False  # nothing follows what is unsent
         self._finished = False  # and the protocol knows
         self._ended = False  # the other side has finished
@@ -175,15 +176,21 @@ class Call:
         self._connection._wake()
 
     def _feed(self) -> None:
-        """Hands the protocol as much of the body as its line will soon be free for."""
-        if self._finished or self._error is not None:
+        """Hands the protocol as much of the body as its line will soon be free for, and notes what the line took."""
+        if self._error is not None:
             return
         protocol = self._connection._protocol
+        if (queued := protocol.queued(self._stream)) < self._queued:
+            self._changed.set()  # progress, also of what was handed over long ago
+        self._queued = queued
+        if self._finished:
+            return
         while self._unsent and (room := _AHEAD - protocol.queued(self._stream)) > 0:
             view = self._unsent.popleft()
             if len(view) > room:
                 self._unsent.appendleft(view[room:])
             self._tell(protocol.write, view[:room])
+            self._queued += min(room, len(view))
             self._changed.set()
         if self._finishing and not self._unsent:
             self._tell(protocol.end)

@@ -216,27 +216,23 @@ class Protocol:
             out += self._encoder.frame(Type.GO_AWAY, 0, self._leaving)
             self._leaving = None
         for priority in Priority:
-            if not self._fill(out, size, priority) or out:
+            self._fill(out, size, priority)
+            if out:
                 break  # a record filled up with less urgent bytes would arrive no sooner than they do
         self._pace.given(len(out), self._pending, now)
         return bytes(out)
 
-    def _fill(self, out: bytearray, size: int, priority: Priority) -> bool:
-        """Adds frames of one priority; False when more wait than fit."""
+    def _fill(self, out: bytearray, size: int, priority: Priority) -> None:
+        """Adds frames of one priority, as many as fit."""
         resets, credits, waiting = self._resets[priority], self._credits[priority], self._waiting[priority]
-        while resets:
-            if size - len(out) < frames.MAX_HEADER + len(resets[0][1]):
-                return False
+        while resets and size - len(out) >= frames.MAX_HEADER + len(resets[0][1]):
             out += self._encoder.frame(Type.RESET, *resets.popleft())
-        while credits or waiting:
-            if size - len(out) < _SMALL:
-                return False
+        while (credits or waiting) and size - len(out) >= _SMALL:
             if credits:
                 it = credits.pop(next(iter(credits)))
                 out += self._encoder.frame(Type.CREDIT, it.id, varint(it.grant()))
             else:
                 self._send(out, size, min(waiting.values(), key=lambda it: (it.deadline, it.turn)))
-        return True
 
     def _send(self, out: bytearray, size: int, it: Stream) -> None:
         type, first = Type.DATA, b""

@@ -239,3 +239,29 @@ def test_what_a_handler_did_not_read_is_dropped(people):
             await settled(one, other)
 
     run(go())
+
+
+def test_a_body_that_a_slow_line_takes_is_progress(people):
+    class Slow:
+        def __init__(self, transport):
+            self._transport, self.name, self.rate = transport, transport.name, transport.rate
+
+        async def write(self, data):
+            await self._transport.write(data)
+            await asyncio.sleep(len(data) / 40_000)
+
+        def __getattr__(self, name):
+            return getattr(self._transport, name)
+
+    async def handler(call):
+        await call.answer(Accepted(), await call.read(1 << 20))
+
+    async def go():
+        async with pair(people) as (one, other):
+            one.transport = Slow(one.transport)
+            other.serve(handler)
+            body = bytes(60_000)  # 1.5 s, of which no piece takes half a second
+            async with one.request(Infer("t"), body=body, timeout=0.7, priority=Priority.LATENT) as call:
+                assert await call.read(1 << 20) == body
+
+    run(go())

@@ -62,27 +62,28 @@ def smooth(
 ) -> Factors:  # fmt: skip
     """Factors that change nothing but what rounding costs (SmoothQuant, Xiao et al. 2023): each channel of a product's
     input is divided by the root of its RMS over `tokens`, int64 [rows, length], in the norm or matrix that makes it,
-    and the product's columns are multiplied by as much. Scratch files are in `folder`, one at a time."""
+    and the product's columns are multiplied by as much. Scratch files are in `folder`, one at a time. What is behind
+    a part is left out."""
     walk, factors = Walk(architecture, card, tokens[:: -(-len(tokens) // _ROWS)]), Factors()
-    for block in range(card.blocks):
-        progress(Event("smooth", block, card.blocks, f"block {block}", "blocks"))
-        blocks = range(block, block + 1)
+    for block in range(card.span.stop):
+        progress(Event("smooth", block, card.span.stop, f"block {block}", "blocks"))
+        one = range(block, block + 1)
         with Scratch(weights.source, folder, _exact(weights)) as scratch:
-            producers = walk.graph(blocks, scratch.weights).producers
+            producers = walk.graph(one, scratch.weights).producers
             if not producers:
                 return factors
             squares: dict[Names, np.ndarray] = {}
-            for inputs in walk.inputs(blocks, scratch):
+            for inputs in walk.inputs(one, scratch):
                 for names in producers:
                     squares[names] = squares.get(names, 0) + np.square(inputs[names]).sum(0)
-            walk.advance(blocks, scratch)
+            walk.advance(one, scratch)
         for names, producer in producers.items():
             rms = np.sqrt(squares[names])
             # A channel that hardly fires may when others speak: it counts as a hundredth of the mean
             factor = np.sqrt(np.maximum(rms / rms.mean(), 0.01)) if rms.any() else np.ones_like(rms)
             factors.rows[producer] = 1 / factor
             factors.columns.update({f"{name}.weight": factor for name in names})
-    progress(Event("smooth", card.blocks, card.blocks, "", "blocks"))
+    progress(Event("smooth", card.span.stop, card.span.stop, "", "blocks"))
     return factors
 
 
@@ -91,18 +92,23 @@ def calibrate(
     tokens: np.ndarray, folder: Path, progress: Progress = silent,
 ) -> None:  # fmt: skip
     """Rounds and stores every block's matrices in `weights`, each with the moments of its inputs over `tokens`, int64
-    [rows, length]. `places` says where the bytes stored so far lie; scratch files are in `folder`, one at a time."""
+    [rows, length]. `places` says where the bytes stored so far lie; scratch files are in `folder`, a few at a time."""
+    blocks = card.span
     weights.hessians = head = _head_moments(architecture, card, weights, tokens, folder, progress)
     walk = Walk(architecture, card, tokens)
-    for block in range(card.blocks):
-        progress(Event("calibrate", block, card.blocks, f"block {block}", "blocks"))
-        blocks = range(block, block + 1)
+    for block in range(blocks.stop):
+        progress(Event("calibrate", block, blocks.stop, f"block {block}", "blocks"))
+        one = range(block, block + 1)
         with Scratch(weights.source, folder, _exact(weights), weights.factors) as scratch:
-            weights.hessians = head | moments(walk, blocks, scratch)
-        walk.graph(blocks, weights)  # rounds
-        weights.hessians = head
-        walk.advance(blocks, Stored(weights, places(), repack=True))
-    progress(Event("calibrate", card.blocks, card.blocks, "", "blocks"))
+            hessians = head | moments(walk, one, scratch)
+        with Scratch(weights.source, folder, weights.recipe, weights.factors) as passing:
+            # Blocks before a part are rounded as well, so that it sees the errors it would see in the whole
+            target = weights if block in blocks else passing.weights
+            target.hessians = hessians
+            walk.graph(one, target)  # rounds
+            target.hessians = head
+            walk.advance(one, Stored(weights, places(), repack=True) if target is weights else passing)
+    progress(Event("calibrate", blocks.stop, blocks.stop, "", "blocks"))
 
 
 def _head_moments(

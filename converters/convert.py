@@ -18,7 +18,7 @@ from shoal.runtime.events import Event, Progress, silent
 from shoal.runtime.language.tokens import Tokenizer
 from shoal.runtime.measure import PeakAnonymous
 
-from . import architectures, parity
+from . import architectures, parity, parts
 from . import recipe as recipes
 from .caches import cache_scales
 from .calibrate import calibrate, calibration_rows, smooth
@@ -27,18 +27,21 @@ from .recipe import Recipe
 from .report import Parity, Report, parity_to_json
 from .sources import open_source
 from .text import CALIBRATION, HELDOUT
-from .walk import Scratch
+from .walk import Scratch, stream
 from .weights import Weights
 
 
 def convert(
     source: str | Path, out: str | Path, recipe: str | Path | Recipe = "int4", *, overwrite: bool = False,
-    check_parity: bool = True, calibration_text: str | Path | None = None, progress: Progress = silent,
+    check_parity: bool = True, calibration_text: str | Path | None = None, blocks: str | range | None = None,
+    progress: Progress = silent,
 ) -> Report:  # fmt: skip
     """Converts the checkpoint `source` (GGUF file or Hugging Face folder) to the bundle `out`.
 
-    With `check_parity` the bundle is compared with its source in fp32 and the figures are stored in it. Raises
-    SourceError, ConvertError, UsageError, StorageError; `out` then is as it was.
+    `blocks` (a range, or "8:30") makes a part of a language model: those blocks, with the embedding before the first
+    and the head after the last, bit for bit as the whole bundle has them. With `check_parity` the bundle is compared
+    with its source in fp32 and the figures are stored in it. Raises SourceError, ConvertError, UsageError,
+    StorageError; `out` then is as it was.
     """
     chosen = recipes.load(recipe)
     if calibration_text is not None:
@@ -57,6 +60,11 @@ def convert(
         tokenizer_json = checkpoint.tokenizer()
         tokenizer = Tokenizer.from_json(tokenizer_json)
         card = dataclasses.replace(card, tokenizer_bytes=tokenizer.nbytes)
+        # Of a calibration text its name alone: where it lay is nobody's business and would change the bytes
+        calibration = dataclasses.replace(chosen.calibration, text=Path(chosen.calibration.text).name)
+        named = dataclasses.replace(chosen, calibration=calibration)
+        if blocks is not None:
+            card = parts.part(card, parts.parse(blocks), named, checkpoint)
         compared: Parity | None = None
         baseline: Parity | None = None
         with writer.scratch() as folder:
@@ -76,23 +84,25 @@ def convert(
                 with timed(seconds, "convert"):
                     graph = build(architecture, card, weights)
             with timed(seconds, "graphs"):
-                graphs = {"decode" if card.task == "generate" else "embed": graph}
+                kind = "embed" if card.task == "embed" else "part" if card.is_part else "decode"
+                graphs = {kind: graph}
                 if card.task == "generate":
+                    ids = tokenizer.encode(CALIBRATION[:2000])[:256]
+                    x = stream(architecture, card, weights, ids, folder)
                     with parity.whole(graph, weights, places(), folder) as opened:
-                        scales = cache_scales(opened, card, tokenizer.encode(CALIBRATION[:2000])[:256])
-                    graphs["decode.fp16"] = build(architecture, card, weights, cache="float16")
-                    graphs["decode.int8"] = build(architecture, card, weights, cache_scales=scales)
+                        scales = cache_scales(opened, card, x)
+                    graphs[f"{kind}.fp16"] = build(architecture, card, weights, cache="float16")
+                    graphs[f"{kind}.int8"] = build(architecture, card, weights, cache_scales=scales)
             for name, data in graphs.items():
                 writer.add("graph", name, data, required=True)
                 role = name.split(".")[0]
-                writer.graph(Graph(name, role, "cpu", 0, 0, card.blocks, name))
+                writer.graph(Graph(name, role, "cpu", 0, card.span.start, card.span.stop, name))
             writer.add("card", "", card.to_json(), required=True)
-            # Of a calibration text its name alone: where it lay is nobody's business and would change the bytes
-            named = dataclasses.replace(chosen.calibration, text=Path(chosen.calibration.text).name)
-            writer.add("recipe", "", dataclasses.replace(chosen, calibration=named).to_json())
-            writer.add("tokenizer", "", tokenizer_json, required=True)
-            if template := checkpoint.chat_template():
-                writer.add("chat_template", "", template.encode())
+            writer.add("recipe", "", named.to_json())
+            if card.span.start == 0:  # a later part sees no text
+                writer.add("tokenizer", "", tokenizer_json, required=True)
+                if template := checkpoint.chat_template():
+                    writer.add("chat_template", "", template.encode())
             if check_parity:
                 with timed(seconds, "parity"):
                     compared = parity.compare(
@@ -117,10 +127,10 @@ def convert(
         )  # fmt: skip
 
 
-def build(architecture, card: Card, weights: Weights, blocks: range | None = None, **options) -> bytes:
-    """The ONNX graph of `blocks` (all of them by default) over `weights`, which are stored on the way."""
+def build(architecture, card: Card, weights: Weights, **options) -> bytes:
+    """The ONNX graph of a card's blocks over `weights`, which are stored on the way."""
     builder = GraphBuilder(card.name, weights, **options)
-    architecture.build(builder, card, blocks or range(card.blocks))
+    architecture.build(builder, card, card.span)
     return builder.serialize()
 
 

@@ -55,32 +55,43 @@ def compare(
     on fixed prompts and about `tokens` tokens of `text`.
 
     Scratch files lie in `folder` meanwhile: the source's embedding, head and one block in fp32. Raises
-    ConvertError where either model gives what is not a number.
+    ConvertError where either model gives what is not a number. Where `card` is a part's, its blocks are fed what the
+    source's blocks before them give, and where it ends early what is compared last is the stream.
     """
     rows = (_texts if card.task == "embed" else _stretches)(tokenizer, card, text, tokens)
-    total = card.blocks + 1 + len(rows)
+    blocks = card.span
+    total = blocks.stop + 1 + len(rows)
     stored = Stored(weights, places, repack=not weights.exact)
     expected, found = Walk(architecture, card, rows), Walk(architecture, card, rows)
+    given: list[np.ndarray] = []  # what the first block takes: token ids or, in a later part, the stream
     errors: list[float] = []
     with Scratch(source, folder) as ends:
-        for block in range(card.blocks):
+        for block in range(blocks.stop):
             progress(Event("parity", block + 1, total, f"block {block}", "steps"))
+            if block == blocks.start:
+                found.hidden, given = list(expected.hidden), list(expected.hidden)
             with Scratch(source, folder) as scratch:
                 # The embedding comes with the first block, and may be the head as well
                 expected.advance(range(block, block + 1), scratch if block else ends)
-            found.advance(range(block, block + 1), stored)
-            errors.append(_relative_error(expected.hidden, found.hidden, block))
+            if block in blocks:
+                found.advance(range(block, block + 1), stored)
+                errors.append(_relative_error(expected.hidden, found.hidden, block))
 
         def step(row: int) -> None:
-            progress(Event("parity", card.blocks + 1 + row, total, "logits", "steps"))
+            progress(Event("parity", blocks.stop + 1 + row, total, "logits", "steps"))
 
-        with expected.end(ends) as head, whole(graph, weights, places, folder) as opened:
-            measure = _embeddings if card.task == "embed" else _logits
-            measured = measure(head, opened, expected, rows, step)
+        with whole(graph, weights, places, folder) as opened:
+            if not card.has_head:
+                measured = _streams(opened, expected, given, step)
+            else:
+                with expected.end(ends) as head:
+                    measure = _embeddings if card.task == "embed" else _logits
+                    measured = measure(head, opened, expected, rows, given, step)
     progress(Event("parity", total, total, "", "steps"))
+    divergent = (block for block, error in zip(blocks, errors, strict=True) if error > DIVERGED)
     return Parity(
         texts=len(rows), tokens=sum(map(len, rows)), block_errors=tuple(errors),
-        first_divergent_block=next((block for block, error in enumerate(errors) if error > DIVERGED), None), **measured,
+        first_divergent_block=next(divergent, None), **measured,
     )  # fmt: skip
 
 
@@ -143,8 +154,28 @@ def _relative_error(expected: list[np.ndarray], found: list[np.ndarray], block: 
     return total / count
 
 
-def _logits(head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarray], step) -> dict:
-    """Figures of a language model: the graph prefills every text in chunks, the source's head takes its last stream."""
+def _streams(opened: Session, walk: Walk, given: Sequence[np.ndarray], step) -> dict:
+    """Figures of a part without a head: the graph takes what it is `given` of every text, in chunks."""
+    card = walk.card
+    decoder = Decoder(opened, card, Cache(card, max(x.shape[1] for x in given), 1), CHUNK)
+    most = absolute = 0.0
+    for index, x in enumerate(given):
+        step(index)
+        for start in range(0, x.shape[1], CHUNK):
+            part = x[:, start : start + CHUNK]
+            expected = walk.hidden[index][:, start : start + CHUNK]
+            difference = np.abs(decoder.forward(0, part, [start], []) - expected)
+            most = max(most, float(difference.max()))
+            absolute += float(difference.sum(dtype=np.float64))
+    values = sum(x.shape[1] for x in given) * card.hidden
+    return dict(max_abs_difference=most, mean_abs_difference=absolute / values)
+
+
+def _logits(
+    head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarray], given: Sequence[np.ndarray], step
+) -> dict:
+    """Figures of a language model: the graph takes what it is `given` of every text (the tokens or, of a later part,
+    the stream) in chunks, the source's head takes its last stream."""
     card = walk.card
     decoder = Decoder(opened, card, Cache(card, max(map(len, rows)), 1), CHUNK)
     most = absolute = divergence = 0.0
@@ -157,7 +188,7 @@ def _logits(head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarra
             count = len(part)
             feeds = walk.feeds(walk.hidden[index][:, start : start + count], range(0)) | {"rows": np.arange(count)}
             expected = head.run(feeds)["logits"]
-            found = decoder.forward(0, part[None], [start], list(range(count)))
+            found = decoder.forward(0, given[index][:, start : start + count], [start], list(range(count)))
             difference = np.abs(found - expected)
             most = max(most, float(difference.max()))
             absolute += float(difference.sum(dtype=np.float64))
@@ -181,7 +212,9 @@ def _logits(head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarra
     )  # fmt: skip
 
 
-def _embeddings(head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarray], step) -> dict:
+def _embeddings(
+    head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarray], given: Sequence[np.ndarray], step
+) -> dict:
     """Figures of an encoder."""
     most = absolute = 0.0
     cosine = 1.0

@@ -16,9 +16,10 @@ from shoal.runtime.errors import BundleError
 class Parity:
     """Converted against source in fp32, over `tokens` tokens of `texts` texts.
 
-    Differences are of logits, or of an encoder's embeddings. `block_errors[b]` is |converted - source| / |source| of
-    the stream after block b, the mean over tokens, each model fed by its own blocks; `first_divergent_block` is the
-    first where it is so large that something is wrong there. Language models: `kl` is KL(source || converted) in nats
+    Differences are of logits, of an encoder's embeddings, or of the stream where a part ends early. `block_errors[b]`
+    is |converted - source| / |source| of the stream after block b (in a part, its b-th), the mean over tokens, each
+    model fed by its own blocks (but a part's first by the source's); `first_divergent_block` is the first where it is
+    so large that something is wrong there. Language models: `kl` is KL(source || converted) in nats
     a token, `top1_agreement` the share of tokens after which both find the same most likely, perplexities are of the
     held-out text. Encoders: `cosine` is the smallest.
     """
@@ -120,7 +121,11 @@ def describe_parity(values: dict) -> str:
         ("source_perplexity", "source {:.3f}"), ("cosine", "cosine {:.6f}"),
         ("max_abs_difference", "max difference {:.2e}"), ("first_divergent_block", "first divergent block {}"),
     )  # fmt: skip
-    return ", ".join(text.format(values[key]) for key, text in wanted if values.get(key) is not None)
+    found = [text.format(values[key]) for key, text in wanted if values.get(key) is not None]
+    errors = values.get("block_errors")
+    if errors and values.get("top1_agreement") is None and values.get("cosine") is None:  # a part that ends early
+        found.insert(0, f"relative error {errors[-1]:.2%} after its last block")
+    return ", ".join(found)
 
 
 def _number(value) -> bool:

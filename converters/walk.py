@@ -68,6 +68,18 @@ def opened(graph: bytes, places: Mapping[str, Place], repack: bool) -> Iterator[
         yield stack.enter_context(open_graph(graph, places, repack=repack))
 
 
+def stream(
+    architecture: ModuleType, card: Card, weights: Weights, tokens: Sequence[int], folder: Path
+) -> np.ndarray:  # fmt: skip
+    """What a card's first block takes as a converted model has it: the token ids, int64 [1, n], or in a later part the
+    stream, fp32 [1, n, hidden]. The blocks before are rounded to nearest in scratch files."""
+    walk = Walk(architecture, card, [np.array(tokens, np.int64)])
+    for block in range(card.span.start):
+        with Scratch(weights.source, folder, weights.recipe, weights.factors) as scratch:
+            walk.advance(range(block, block + 1), scratch)
+    return walk.hidden[0]
+
+
 class Walk:
     """One model on its way through its blocks: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went."""
 

@@ -58,7 +58,7 @@ class Admin:
         old = os.umask(0o177)
         try:
             with within(self._path) as name:
-                self._server = await asyncio.start_unix_server(self._serve, name, limit=_LINE)
+                self._server = await asyncio.start_unix_server(self._accept, name, limit=_LINE)
         except OSError as error:
             raise UsageError(f"{self._path} cannot be made.", f"{error}.", "Choose another SHOAL_HOME.") from None
         finally:
@@ -76,10 +76,12 @@ class Admin:
             self._path.unlink()
         self._server = None
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))  # a task of asyncio's own complains of being cancelled
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if len(self._tasks) > _CLIENTS or not _is_owner(writer.get_extra_info("socket")):
                 return
@@ -96,7 +98,6 @@ class Admin:
         except (TimeoutError, ValueError, OSError):  # too slow, too long, or gone
             pass
         finally:
-            self._tasks.discard(task)
             writer.close()
 
     async def _answers(self, line: bytes, reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:

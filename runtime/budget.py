@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .card import Card
 from .errors import BudgetError, UsageError
 from .language.cache import DTYPES, cache_bytes
-from .language.decoder import rotary_bytes
+from .language.decoder import rotary_bytes, stream_bytes
 
 MIB = 1 << 20
 DEFAULT_CONTEXT = 4096
@@ -132,7 +132,7 @@ def plan(
         found.append(Row("engine code", sizes.code, "mapped", note="what running it adds of its libraries"))
         # Rows of tables that a long step fetches, the sampler's arrays in double, and what the heap holds more of in
         # one run than in another
-        passing = sizes.row * block + 16 * card.vocab + _PASSING
+        passing = sizes.row * block + 16 * card.vocab * card.has_head + _PASSING
         found.append(Row("step peak", passing, "anonymous", note="at most, for moments"))
         return tuple(row for row in found if row.bytes or row.name in ("weights", "activations"))
 
@@ -208,7 +208,8 @@ def activation_bytes(card: Card, chunk: int, context: int, slots: int, graph: st
         floats = stream + qkv + (2 if graph == "lowered" else 5) * card.ffn + scratch
     # Beside the arena: each slot's logits and the sampler's copies of them, and what a request's own lists take
     arena = 1.0 if graph == "fused" else _ARENA  # its scratch is of another heap
-    return int(arena * 4 * floats * max(chunk, slots)) + 4 * card.vocab * 3 * slots + 5 * MIB // 4
+    lists = 4 * card.vocab * card.has_head * 2 * slots + 5 * MIB // 4
+    return int(arena * 4 * floats * max(chunk, slots)) + lists + sum(stream_bytes(card, chunk, slots))
 
 
 def parse_size(text: "int | str | None") -> int | None:

@@ -57,6 +57,23 @@ class Card:
     normalize: bool = False  # embed: unit length
     source: str = ""  # what it was converted from, for a person
     tokenizer_bytes: int = 0  # what the tokenizer holds in memory
+    first_block: int = 0  # of a part: it has the blocks range(first_block, last_block) of the model
+    last_block: int = 0  # 0: all
+    whole: str = ""  # of a part: what it shares with the other parts of the same model and recipe, and with no others
+
+    @property
+    def span(self) -> range:
+        """The blocks that are here: all of them, but in a part."""
+        return range(self.first_block, self.last_block or self.blocks)
+
+    @property
+    def is_part(self) -> bool:
+        return len(self.span) < self.blocks
+
+    @property
+    def has_head(self) -> bool:
+        """Whether logits come out, and not the stream after the last block that is here."""
+        return self.span.stop == self.blocks
 
     def to_json(self) -> bytes:
         """Deterministic UTF-8 JSON."""
@@ -110,6 +127,8 @@ class Card:
                 raise refuse(name, f"is {getattr(self, name)}, outside 1 to {most}")
         if self.heads % self.kv_heads:
             raise refuse("kv_heads", f"({self.kv_heads}) does not divide heads ({self.heads})")
+        if not 0 <= self.first_block < self.span.stop <= self.blocks:
+            raise refuse("last_block", f"and first_block are no range of {self.blocks} blocks")
         if self.task not in ("generate", "embed"):
             raise refuse("task", f"is {self.task!r}, not generate or embed")
         if self.task == "generate":

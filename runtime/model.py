@@ -21,6 +21,7 @@ from .kernels import available, lower
 from .language.cache import Cache
 from .language.decoder import Decoder
 from .language.model import LanguageModel
+from .language.part import Part
 from .language.tokens import Tokenizer
 from .loaded import Parts
 from .mapped import ALWAYS
@@ -36,8 +37,9 @@ _PIECE = 1 << 10  # what whole pages add to a node's weights
 def load(
     path: str | Path, memory: int | str | None = None, backend: str = "auto", *, context: int | None = None,
     slots: int = 1, kv: str = "fp32", chunk: int | None = None, threads: int = 0, queue: int = 256,
-    prepare: bool = True, kernels: str = "auto", profile: str | None = None, progress: Progress = silent,
-) -> LanguageModel | EmbeddingModel:  # fmt: skip
+    prepare: bool = True, kernels: str = "auto", profile: str | None = None, part: bool = False,
+    progress: Progress = silent,
+) -> LanguageModel | EmbeddingModel | Part:  # fmt: skip
     """Opens a bundle inside `memory` (bytes, "200MB", or None for no budget).
 
     `context` tokens and `slots` conversations at once decide the key-value cache, kept as `kv` (fp32, fp16 or int8);
@@ -45,7 +47,8 @@ def load(
     for a slot. `prepare` False skips the cache of repacked weights and pays for it in private memory; so does a cache
     folder that is full or cannot be used, which an event reports. `kernels` "ort" uses ONNX Runtime's own operators
     even where ours are there; it needs the cache. `profile` is the prefix of a file of the engine's timings, written by
-    close().
+    close(). With `part` the bundle may be a part of a language model (`shoal convert --blocks`), which is refused
+    otherwise; a whole one is then the part that has all blocks.
     Raises BundleError, BudgetError, BackendError, UsageError, and StorageError where the budget has no room for that.
     """
     started = time.perf_counter()
@@ -55,6 +58,14 @@ def load(
     with contextlib.ExitStack() as undo:
         bundle = undo.enter_context(Bundle.open(path))
         card = Card.from_json(bundle.bytes(bundle.section("card")))
+        if card.is_part and not part:
+            raise UsageError(
+                f"{path} is a part of a model and cannot run alone.",
+                f"It has blocks {card.span.start}:{card.span.stop} of 0:{card.blocks}.",
+                "Convert the checkpoint without --blocks, or let a device and an edge server run its parts together.",
+            )
+        if part and card.task != "generate":
+            raise UsageError(f"{path} is no part of a language model.", "It embeds text.", "Load it as it is.")
         graph_bytes, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
         ours = _ours(kernels, graph_bytes, places)
         sizes = _sizes(card, graph_bytes, places, prepare, ours)
@@ -66,7 +77,8 @@ def load(
 
         parts = Parts(bundle, card, replan(), mapped={"weights": str(bundle.path)})
         before = measure.anonymous_bytes()
-        tokenizer = Tokenizer.from_json(bundle.bytes(bundle.section("tokenizer")))
+        takes_text = card.span.start == 0
+        tokenizer = Tokenizer.from_json(bundle.bytes(bundle.section("tokenizer"))) if takes_text else None
         session.release_freed_memory()  # of the section's bytes
         parts.grew("tokenizer", before)
         if not ours:
@@ -98,14 +110,17 @@ def load(
         parts.products = session.products(opened, places)
         parts.nodes = opened.nodes if profile is not None else ()
         parts.grew("private weights" if sizes.private else "engine", before)
-        made: LanguageModel | EmbeddingModel
-        if card.task == "embed":
+        made: LanguageModel | EmbeddingModel | Part
+        if tokenizer and card.task == "embed":
             made = EmbeddingModel(parts, tokenizer, graph)
         else:
             decoder = Decoder(graph, card, Cache(card, parts.plan.context, slots, kv), parts.plan.chunk)
             template = bundle.find("chat_template")
             chat = bundle.bytes(template).decode("utf-8", "replace") if template else ""
-            made = LanguageModel(parts, tokenizer, chat, decoder, replan, queue)
+            if part or tokenizer is None:
+                made = Part(parts, tokenizer, chat, decoder)
+            else:
+                made = LanguageModel(parts, tokenizer, chat, decoder, replan, queue)
         parts.ready()
         parts.load_s = time.perf_counter() - started
         undo.pop_all()
@@ -160,7 +175,7 @@ def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: 
         row=sum(table.row_bytes for table in gathered),
         repacked=repacked if prepare else 0,
         private=0 if prepare else repacked,
-        tokenizer=card.tokenizer_bytes + _TOKENIZER,
+        tokenizer=card.tokenizer_bytes + _TOKENIZER if card.span.start == 0 else 0,
         session=_ENGINE + _ENGINE_NODE * len(model.nodes) + vectors,
         cold=max(guess.cold, 3 * guess.largest) if prepare else guess.cold,
         graph="lowered" if not ours else "fused" if fused else "plain",
@@ -169,9 +184,10 @@ def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: 
 
 
 def _graph(bundle: Bundle, card: Card, kv: str) -> BundleSection:
-    name = "embed" if card.task == "embed" else "decode" if kv == "fp32" else f"decode.{kv}"
+    name = "embed" if card.task == "embed" else "part" if card.is_part else "decode"
+    name = name if kv == "fp32" or name == "embed" else f"{name}.{kv}"
     for graph in bundle.graphs:
-        if graph.name == name:
+        if graph.name == name and (graph.first_block, graph.last_block) == (card.span.start, card.span.stop):
             return bundle.section("graph", graph.section)
     raise BundleError(
         f"The bundle has no graph {name!r}.", f"It has {', '.join(graph.name for graph in bundle.graphs) or 'none'}.",

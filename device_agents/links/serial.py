@@ -190,6 +190,8 @@ class SerialListener(Listener):
 
     async def closed(self) -> None:
         await self._ended.wait()
+        if self._reopening is not None:
+            await asyncio.wait([self._reopening])
 
     def _wait(self, session: arq.Arq, rest: bytes = b"") -> None:
         assert self._port is not None
@@ -219,7 +221,9 @@ class SerialListener(Listener):
 
     async def _reopen(self) -> None:
         while not self._ending:
-            await asyncio.sleep(_REOPEN)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REOPEN):
+                    return await self._ended.wait()
             with contextlib.suppress(LinkError):
                 port = await open_port(self.address)
                 if not self._ending:

@@ -18,11 +18,12 @@ DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in (("fp32", 
 def cache_bytes(card: Card, context: int, slots: int, kind: str) -> int:
     """Bytes of a cache; each block's keys and values are whole pages."""
     row = slots * card.kv_heads * context * card.head_dim * DTYPES[kind].itemsize
-    return card.blocks * 2 * -(-row // mmap.PAGESIZE) * mmap.PAGESIZE
+    return len(card.span) * 2 * -(-row // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Cache:
-    """The buffers of all blocks. `arrays[b]` is (keys, values); `held[s]` are the token ids that slot s holds."""
+    """The buffers of the blocks that are here. `arrays[b]` is (keys, values) of the b-th of them; `held[s]` are the
+    token ids that slot s holds."""
 
     def __init__(self, card: Card, context: int, slots: int, kind: str = "fp32"):
         self.card, self.kind, self.slots, self.context = card, kind, slots, 0
@@ -44,10 +45,10 @@ class Cache:
         Raises BudgetError, and leaves every block as long as it was, where the system has no memory.
         """
         if not self.arrays:
-            self.arrays = [(self._buffer(context), self._buffer(context)) for _ in range(self.card.blocks)]
+            self.arrays = [(self._buffer(context), self._buffer(context)) for _ in self.card.span]
         else:
             try:
-                for block in range(self.card.blocks):
+                for block in range(len(self.arrays)):
                     self._change(block, context)
             except BudgetError:
                 for changed in range(block):

@@ -18,15 +18,14 @@ from ..budget import Plan, parse_size
 from ..errors import BudgetError, BusyError, UsageError
 from ..loaded import Loaded
 from .decoder import Decoder
+from .prompt import Prompt, Prompts
 from .sampling import Sampler, Sampling
 from .scheduler import Request, Scheduler, Stats, Token
 from .stop import StopStrings
 from .tokens import Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[dict]
 
-
-class LanguageModel(Loaded):
+class LanguageModel(Prompts, Loaded):
     """Made by `shoal.load`. `card`, `plan`, `tokenizer`, `chat_template` say what it is."""
 
     def __init__(self, parts, tokenizer: Tokenizer, chat_template: str, decoder: Decoder, replan, queue: int = 256):
@@ -94,43 +93,6 @@ class LanguageModel(Loaded):
         finally:
             generation.cancel()
 
-    def prompt_ids(self, prompt: Prompt, *, tools: list | None = None, raw: bool = False) -> list[int]:
-        """Token ids of a prompt as `generate` takes it. Raises UsageError for one that is empty or out of range."""
-        if isinstance(prompt, str):
-            if raw or not self.chat_template:
-                ids = self.tokenizer.encode(prompt)
-                if self.card.add_bos and self.card.bos >= 0 and ids[:1] != [self.card.bos]:
-                    ids = [self.card.bos, *ids]
-            else:
-                return self.prompt_ids([{"role": "user", "content": prompt}], tools=tools)
-        elif all(isinstance(item, dict) for item in prompt):
-            ids = self.tokenizer.encode(self.render(prompt, tools=tools), special=False)  # type: ignore[arg-type]
-        else:
-            ids = [int(item) for item in prompt]  # type: ignore[arg-type]
-            if not all(0 <= item < self.card.vocab for item in ids):
-                raise UsageError(
-                    "The prompt has a token id that the model lacks.",
-                    f"Ids are 0 to {self.card.vocab - 1}.",
-                    "Correct it.",
-                )
-        if not ids:
-            raise UsageError("The prompt is empty.", "It has no tokens.", "Give at least one token.")
-        return ids
-
-    def render(self, messages: Sequence[dict], *, tools: list | None = None) -> str:
-        """The text that the chat template makes of messages."""
-
-        from .chat import render
-
-        def text(token: int) -> str:
-            return self.tokenizer.text_of(token) if token >= 0 else ""
-
-        eos = self.card.eos[0] if self.card.eos else -1
-        return render(
-            self.chat_template, list(messages), tools=tools,
-            bos_token=text(self.card.bos), eos_token=text(eos), pad_token=text(self.card.pad),
-        )  # fmt: skip
-
     @cached_property
     def _constrainer(self):
         from .constrain import Constrainer
@@ -176,11 +138,7 @@ class LanguageModel(Loaded):
         return self.scheduler.exclusively(work)
 
     def measure(self) -> dict[str, int | None]:
-        decoder = self.scheduler.decoder
-        sizes = [measure.range_rss(*region) for region in decoder.cache.regions()]
-        held = None if None in sizes else sum(size or 0 for size in sizes)
-        tables = sum(array.nbytes for pair in decoder.tables for array in pair)
-        return super().measure() | {"key-value cache": held, "rotary tables": tables}
+        return super().measure() | self.scheduler.decoder.measure()
 
     def close(self) -> None:
         if self.closed:

@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a .gguf file, or a folder with config.json and safetensors")
     parser.add_argument("-o", "--out", metavar="OUT", help="the bundle to write (default: SOURCE.RECIPE.shoal, here)")
     parser.add_argument("--recipe", default="int4", metavar="NAME|FILE.toml", help="fp32, int8, int4 or int4-gptq")
+    parser.add_argument("--blocks", metavar="FIRST:END", help="only these blocks: a part that runs with the others")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-parity", dest="check_parity", action="store_false", help="do not compare with the source")
     parser.add_argument("--calibration-text", metavar="FILE", help="text that a calibrated recipe sees (UTF-8)")
@@ -23,11 +24,12 @@ def run(arguments: argparse.Namespace, show) -> int:
 
     report = convert(
         arguments.source,
-        arguments.out or default_out(arguments.source, arguments.recipe),
+        arguments.out or default_out(arguments.source, arguments.recipe, arguments.blocks),
         recipe=arguments.recipe,
         overwrite=arguments.overwrite,
         check_parity=arguments.check_parity,
         calibration_text=arguments.calibration_text,
+        blocks=arguments.blocks,
         progress=show.progress,
     )
     show.table(report.rows)
@@ -35,10 +37,11 @@ def run(arguments: argparse.Namespace, show) -> int:
     return 0
 
 
-def default_out(source: str, recipe: str) -> str:
-    """In the current folder: the source's name without .gguf, the recipe's name, .shoal."""
+def default_out(source: str, recipe: str, blocks: str | None = None) -> str:
+    """In the current folder: the source's name without .gguf, the recipe's name, a part's blocks, .shoal."""
     from pathlib import Path
 
     name = Path(source).resolve().name
     stem = name[:-5] if name.lower().endswith(".gguf") else name
-    return f"{stem}.{Path(recipe).stem}.shoal"
+    part = f".{blocks.replace(':', '-')}" if blocks else ""
+    return f"{stem}.{Path(recipe).stem}{part}.shoal"

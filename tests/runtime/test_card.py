@@ -21,6 +21,15 @@ def test_round_trip():
     assert Card.from_json(CARD.to_json()) == CARD
 
 
+def test_a_part():
+    part = dataclasses.replace(CARD, first_block=1, last_block=2, whole="ab")
+    assert Card.from_json(part.to_json()) == part
+    assert (CARD.span, part.span) == (range(2), range(1, 2)) and part.is_part and part.has_head and not CARD.is_part
+    for first, last in ((-1, 1), (1, 1), (2, 0), (0, 3), (2, 1)):
+        with pytest.raises(BundleError, match="last_block"):
+            Card.from_json(dataclasses.replace(CARD, first_block=first, last_block=last).to_json())
+
+
 def test_a_newer_cards_unknown_field_is_ignored():
     raw = json.loads(CARD.to_json()) | {"from_the_future": {"x": 1}}
     assert Card.from_json(json.dumps(raw).encode()) == CARD

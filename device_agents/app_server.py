@@ -1,0 +1,180 @@
+"""The agent's side of the socket for apps: frames in, answers out, as apps.py lays them down.
+
+It promises that an app which is slow, broken or gone costs one place of a bounded number and nobody else's answer,
+and that every request is answered, or refused, by its deadline. It knows nothing about models or links.
+"""
+
+import asyncio
+import contextlib
+import math
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from shoal.runtime.errors import BusyError, LinkError, ShoalError, StorageError, UsageError
+
+from . import apps
+from .admin import within
+from .apps import Answer, Piece
+
+MOST_APPS = 32
+_SLOW = 30.0  # seconds that the rest of a frame may take
+
+
+class Answers(Protocol):
+    """Who answers."""
+
+    async def infer(self, tensors: Mapping[str, np.ndarray], deadline: float, model: str) -> Answer: ...
+    def generate(self, text: str, model: str, **options: Any) -> AsyncGenerator[Piece, None]: ...
+    async def update(self, folder: Path) -> str: ...
+    def status(self) -> dict[str, Any]: ...
+
+
+class AppServer:
+    """Listens at `path` (0600, in a folder of this user) once started."""
+
+    def __init__(self, path: Path, answers: Answers):
+        self.path, self._answers = Path(path), answers
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task] = set()
+        self._kinds: dict[str, Callable[..., Awaitable[None]]] = {
+            "infer": self._infer, "generate": self._generate, "status": self._status, "update": self._update,
+        }  # fmt: skip
+
+    async def start(self) -> None:
+        """The caller holds the agent's lock: a socket that lies there is of an agent that died. Raises StorageError."""
+        old = os.umask(0o177)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISSOCK(self.path.lstat().st_mode):
+                    self.path.unlink()
+            with within(self.path) as name:
+                self._server = await asyncio.start_unix_server(self._accept, name)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be made.", f"{error}.", "Choose another place.") from None
+        finally:
+            os.umask(old)
+
+    async def stop(self) -> None:
+        if self._server is None:
+            return
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        self._server = None
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))  # a task of asyncio's own complains of being cancelled
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if not _is_owner(writer.get_extra_info("socket")):
+                return
+            if len(self._tasks) > MOST_APPS:
+                busy = BusyError("The agent takes no more apps.", f"{MOST_APPS} are connected.", "Close one.")
+                return await _say(writer, apps.refusal(busy))
+            while head := await reader.read(1):  # an app may be silent for as long as it likes, between two frames
+                async with asyncio.timeout(_SLOW):
+                    request, tensors = await _frame(reader, head)
+                await self._request(writer, request, tensors)
+        except LinkError as error:  # what comes next could not be told apart from what came
+            with contextlib.suppress(OSError, TimeoutError):
+                await _say(writer, apps.refusal(error))
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _request(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
+        try:
+            until = time.monotonic() + _seconds(request)
+            kind = self._kinds.get(str(request.get("op")))
+            if kind is None:
+                raise UsageError(f"There is no {request.get('op')!r:.40}.", "Agent and app differ.", "Upgrade shoal.")
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    await kind(writer, request, tensors)
+            except TimeoutError:
+                raise LinkError("There is no answer in time.", "The deadline has passed.", "Allow more.") from None
+        except ShoalError as error:
+            await _say(writer, apps.refusal(error))
+
+    async def _infer(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
+        answer = await self._answers.infer(tensors, _seconds(request), _text(request, "model"))
+        said = {"ok": True, "where": answer.where, "seconds": answer.seconds, "why": answer.why}
+        await _say(writer, said, answer.outputs)
+
+    async def _generate(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
+        stop = request.get("stop", [])
+        if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
+            raise UsageError("stop cannot be read.", "It is not a list of texts.", "Correct it.")
+        options = {
+            "max_tokens": int(_number(request, "max_tokens", 256)), "stop": tuple(stop),
+            "temperature": _number(request, "temperature", 0.0), "top_p": _number(request, "top_p", 1.0),
+            "seed": int(_number(request, "seed", -1)),
+        }  # fmt: skip
+        pieces = self._answers.generate(_text(request, "text"), _text(request, "model"), **options)
+        async with contextlib.aclosing(pieces) as answer:
+            async for piece in answer:
+                await _say(writer, {"ok": True, **vars(piece)})
+
+    async def _update(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
+        await _say(writer, {"ok": True, "result": await self._answers.update(Path(_text(request, "folder")))})
+
+    async def _status(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
+        await _say(writer, {"ok": True, "status": self._answers.status()})
+
+
+def _is_owner(connection: socket.socket) -> bool:
+    """Whether the other end is of this user, where the system says so; else the socket's mode is the only guard."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return user in (os.getuid(), 0)
+
+
+async def _frame(reader: asyncio.StreamReader, head: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    length = apps.header_length(head + await reader.readexactly(apps.LENGTH.size - len(head)))
+    request = apps.header(await reader.readexactly(length))
+    layout = apps.layout(request.get("tensors", []))
+    return request, apps.unpack(layout, await reader.readexactly(apps.nbytes(layout)))
+
+
+async def _say(writer: asyncio.StreamWriter, said: dict[str, Any], tensors: Mapping[str, np.ndarray] | None = None):
+    writer.write(apps.frame(said, tensors))
+    async with asyncio.timeout(_SLOW):
+        await writer.drain()
+
+
+def _seconds(request: dict[str, Any]) -> float:
+    seconds = _number(request, "deadline", 1.0)
+    if not 0 < seconds <= apps.LONGEST:
+        raise UsageError(f"The deadline is {seconds:g}.", f"It is above 0, at most {apps.LONGEST:g} s.", "Correct it.")
+    return seconds
+
+
+def _number(request: dict[str, Any], name: str, default: float) -> float:
+    value = request.get(name, default)
+    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1 << 62:
+        raise UsageError(f"{name} is {value!r:.40}.", "It is not a number.", "Correct it.")
+    return value
+
+
+def _text(request: dict[str, Any], name: str) -> str:
+    value = request.get(name, "")
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {value!r:.40}.", "It is not a text.", "Correct it.")
+    return value

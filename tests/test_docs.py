@@ -1,7 +1,10 @@
-"""The Python of README.md and docs/python.md is run as it stands: blocks in their order, on real models."""
+"""The Python of README.md and docs/python.md is run as it stands: blocks in their order, on real models, beside an
+agent that has no edge."""
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def run_page(smollm2_bundle, minilm_bundle, tiny_folder, tmp_path, monkeypatch, capsys):
+def agent(smollm2_bundle, tmp_path_factory, monkeypatch):
+    """A device's agent that runs by itself: a model that writes and one of tensors."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "device_agents"))
+    from paired import small_network
+
+    folder = tmp_path_factory.mktemp("agent")
+    monkeypatch.setenv("SHOAL_HOME", str(folder / "home"))
+    _, camera, *_ = small_network(folder)
+    words = ["--model", f"chat={smollm2_bundle}", "--model", f"camera={camera}", "--memory", "200MB"]
+    command = [sys.executable, "-m", "shoal", "agent", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as daemon:
+        assert daemon.stdout is not None and any("ready for apps" in line for line in daemon.stdout)
+        yield
+        daemon.terminate()
+
+
+@pytest.fixture
+def run_page(agent, smollm2_bundle, minilm_bundle, tiny_folder, tmp_path, monkeypatch, capsys):
     """Runs a page's blocks in an empty folder; returns what they print."""
 
     def run(page: str) -> str:
@@ -34,11 +54,14 @@ def test_the_python_page_runs(run_page):
     assert re.search(r" [1-9][0-9]+ of [0-9]+ prompt tokens reused", said)
     assert "cancelled 10" in said and "weather {'city'" in said
     assert "do not fit the context" in said
+    assert re.search(r"^local [0-9.e-]+ \(1, 10\) ", said, re.M) and "local length" in said
     assert Path("mixed.shoal").exists()
 
 
 def test_the_readme_runs(run_page):
-    assert re.search("(Yes|No) [0-9.]+ [0-9.]+$", run_page("README.md"))
+    said = run_page("README.md")
+    assert re.search("(Yes|No) [0-9.]+ [0-9.]+$", said, re.M)
+    assert said.endswith("\n[local]\n")
     assert Path("model.shoal").exists()
 
 

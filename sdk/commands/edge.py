@@ -228,7 +228,8 @@ def _status(arguments: argparse.Namespace, show) -> int:
         ("edge", f"{found['name']} ({found['id']})"), ("listens at", ", ".join(found["addresses"])),
         ("requests", f"{requests['done']} done, {requests['busy']} refused busy, {requests['late']} late, "
                      f"{requests['failed']} failed"),
-        ("latency", f"{_ms(found['latency']['p50'])} median, {_ms(found['latency']['p95'])} p95"),
+        ("latency", f"{_ms(found['latency']['p50'])} median, {_ms(found['latency']['p95'])} p95"
+                    if found["latency"]["p50"] is not None else "no tail was asked lately"),
     ])  # fmt: skip
     show.line()
     show.table(

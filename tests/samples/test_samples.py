@@ -18,8 +18,9 @@ def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def test_every_sample_is_here():
-    tested = {"stream", "chat", "batch", "constrained", "embed", "budget", "quickstart"}
-    support = {"environment", "models"}
+    tested = {"stream", "chat", "batch", "constrained", "embed", "budget", "quickstart", "edge_camera",
+              "split_chat"}  # fmt: skip
+    support = {"environment", "models", "reader", "wires"}
     assert {path.stem for path in SAMPLES.glob("*.py")} == tested | support
 
 
@@ -55,10 +56,37 @@ def test_budget_refuses_what_cannot_fit(smollm2_bundle):
     assert "1 x 2048 tokens" in lines and "1 x 256 tokens" in lines
 
 
-@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="it installs .venv: run the tests with tests/run.py")
+in_venv = pytest.mark.skipif(
+    Path(sys.prefix) != ROOT / ".venv", reason="it installs .venv: run the tests with tests/run.py"
+)
+
+
+@in_venv
 def test_quickstart(smollm2_gguf):
     done = run(SAMPLES / "quickstart.py", "What is the capital of France?")
     assert "Paris" in done.stdout
     assert "tokens/s" in done.stdout and "measured: weights" in done.stdout
     again = run(SAMPLES / "quickstart.py")
     assert "top-1" not in again.stdout, "the second time there is nothing to convert"
+
+
+@in_venv
+def test_edge_camera_reads_with_and_without_a_link():
+    said = run(SAMPLES / "edge_camera.py", 2).stdout
+    assert "Let us first determine markers of the coins and the" in said
+    for link in ("tcp", "serial"):
+        lines = [line.split() for line in said.splitlines() if line.startswith(link)]
+        cut, mended = (lines.index([link, "the", "link", "is", what]) for what in ("cut", "mended"))
+        before, without, after = ([words[2] for words in part] for part in
+                                  (lines[:cut], lines[cut + 1 : mended], lines[mended + 1 :]))  # fmt: skip
+        assert "edge" in before and set(without) == {"local"} and after[-1] == "edge", said
+        sent = [int(words[5].replace(",", "")) for words in lines[:cut] if words[2] == "edge"]
+        assert min(sent) > 46_080, "a latent of a byte a number"
+
+
+@in_venv
+def test_split_chat_goes_on_after_the_edge_was_killed(smollm2_gguf):
+    said = run(SAMPLES / "split_chat.py").stdout
+    before, after = said.split("[the edge is killed and started again]")
+    assert "The sky" in before and len(after.split()) > 20
+    assert "the last block run by the edge, desk, over tcp" in after

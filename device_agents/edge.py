@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import shlex
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -145,7 +146,8 @@ class Edge:
         opened = time.time()
         address = reachable(self.addresses)
         self._pairing = {
-            "state": "open", "code": str(self.window.code), "text": f"shoal pair {address} {self.window.code}",
+            "state": "open", "code": str(self.window.code),
+            "text": f"shoal pair {shlex.quote(address)} {self.window.code}",
             "address": address, "opened_at": opened, "closes_at": opened + seconds,
             "tries_left": self.window.tries, "paired": "",
         }  # fmt: skip

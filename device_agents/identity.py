@@ -55,12 +55,13 @@ class Identity:
 
     @classmethod
     def open(cls, folder: Path, name: str | None = None) -> "Identity":
-        """The identity kept in `folder`, made on first use. `name` is what peers will call it, else the host's name.
+        """The identity kept in `folder`, made on first use. `name` is what peers will call it from now on; without one
+        it is as before, at first the host's name.
 
         Raises TrustError where key or certificate are damaged, open to others or not each other's, and StorageError.
         """
         folder = private_folder(Path(folder))
-        key_path, certificate_path = folder / "identity.key", folder / "identity.crt"
+        key_path, certificate_path, name_path = (folder / f"identity.{part}" for part in ("key", "crt", "name"))
         with alone_in(folder):
             if not key_path.exists() and not certificate_path.exists():
                 pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
@@ -72,10 +73,13 @@ class Identity:
                 made = _form(key.public_key()).sign(key, hashes.SHA256())
                 write_atomically(certificate_path, made.public_bytes(serialization.Encoding.PEM))
             certificate = _own_certificate(certificate_path, key)
+            if name:
+                write_atomically(name_path, cleaned(name).encode())
+            elif name_path.exists():
+                name = name_path.read_text("utf-8", "replace")
         printed = fingerprint(certificate)
-        return cls(
-            cleaned(name or socket.gethostname()), certificate, printed, readable(printed), certificate_path, key_path
-        )
+        shown = cleaned(name or socket.gethostname())
+        return cls(shown, certificate, printed, readable(printed), certificate_path, key_path)
 
 
 def fingerprint(certificate: bytes) -> str:

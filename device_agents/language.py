@@ -4,8 +4,9 @@
 its rows begin: behind what the session holds they follow, before it they replace, and a gap is answered with `held`, so
 a device that lost the link, or whose session was evicted, sends what is missing and nothing else. A request that is
 repeated changes nothing and gets the same token: what is drawn depends on seed and position alone. `Generate` runs a
-whole model, and an answer whose reader is gone waits for it for `keep` seconds: `first` says which token comes next.
-Models are opened when they are first asked for, inside one budget. It knows nothing about links.
+whole model, and an answer whose reader is gone waits for it for `keep` seconds, two while it is being computed: `first`
+says which token comes next. Models are opened when they are first asked for, inside one budget. It knows nothing about
+links.
 """
 
 import asyncio
@@ -34,6 +35,7 @@ from .messages import Continue, Continued, Generate, Generated, Token, encode
 from .sessions import Rest, Sessions
 
 _ANSWERS = 4  # answers of one device that are under way or kept
+_UNREAD = 2.0  # seconds that an answer is computed on while nobody reads it
 _LENGTH = struct.Struct("<I")
 
 
@@ -57,7 +59,7 @@ class Language:
 
     def __init__(
         self, store, *, memory: int | None = None, slots: int = 8, context: int | None = None, threads: int = 0,
-        kv: str = "fp32", hold: float = 10.0, keep: float = 30.0, name: str = "edge",
+        kv: str = "fp16", hold: float = 10.0, keep: float = 30.0, name: str = "edge",
     ):  # fmt: skip
         self.store, self.memory, self.hold, self.keep, self.name = store, memory, hold, keep, name
         self._context, self._threads_each = context, threads
@@ -201,8 +203,9 @@ class Language:
         finally:
             answer.readers -= 1
             if not answer.readers:
-                keep = self.keep if message.session else 0.0
-                asyncio.get_running_loop().call_later(keep, self._drop, key, answer)
+                keep, loop = self.keep if message.session else 0.0, asyncio.get_running_loop()
+                loop.call_later(min(keep, _UNREAD), self._drop, key, answer, True)
+                loop.call_later(keep, self._drop, key, answer)
 
     async def _start(self, model: LanguageModel, message: Generate):
         """The generation of a request. Raises what `LanguageModel.generate` does."""
@@ -214,8 +217,9 @@ class Language:
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, start)
 
-    def _drop(self, key: tuple[str, str], answer: "_Answer") -> None:
-        if not answer.readers and self._answers.get(key) is answer:
+    def _drop(self, key: tuple[str, str], answer: "_Answer", unfinished: bool = False) -> None:
+        """Ends an answer that nobody reads, or only one that is `unfinished`: the seed gives the same one again."""
+        if not answer.readers and self._answers.get(key) is answer and not (unfinished and answer.task.done()):
             self._answers.pop(key).cancel()
 
     # Opening

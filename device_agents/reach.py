@@ -11,18 +11,22 @@ from dataclasses import replace
 from .links import Address
 
 _ANYWHERE = ("", "0.0.0.0", "::")
+_OTHER_END = "/dev/YOUR-PORT"
 _OUTSIDE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}  # RFC 5737, 3849: nobody's; only routed to
 
 
 def reachable(listening: Iterable[Address]) -> str:
-    """The best of the addresses that an edge listens on: one on the network before loopback, that before a cable."""
+    """The best of the addresses that an edge listens on: one on the network before loopback, that before a cable, of
+    which the device's own end has another name."""
     found = sorted(map(outward, listening), key=lambda address: (address.kind != "tcp", is_loopback(address)))
     return str(found[0]) if found else ""
 
 
 def outward(address: Address) -> Address:
-    """`address` with this machine's own host in place of "every interface"."""
-    if address.kind != "tcp" or address.host not in _ANYWHERE:
+    """`address` with this machine's own host in place of "every interface", and a port to fill in for a cable's."""
+    if address.kind == "serial":
+        return address if "://" in address.device else replace(address, device=_OTHER_END)
+    if address.host not in _ANYWHERE:
         return address
     family = socket.AF_INET6 if address.host == "::" else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

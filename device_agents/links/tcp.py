@@ -111,7 +111,6 @@ class TcpTransport(Transport):
             await self._writer.wait_closed()
 
     def abort(self) -> None:
-        """Ends the link at once, whatever has not been sent."""
         self._closing = True
         self._writer.transport.abort()
 
@@ -124,6 +123,7 @@ class TcpListener(Listener):
 
     def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = (writer.get_extra_info("peername") or ("an unknown peer", 0))[:2]
+        host = host.removeprefix("::ffff:")  # IPv4 by a socket of both
         self.serve(TcpTransport(reader, writer, Address("tcp", host, port).name))
 
     def close(self) -> None:

@@ -48,8 +48,13 @@ def _run(arguments: argparse.Namespace, address: str | None, show) -> int:
     import asyncio
     import logging
 
+    from shoal.runtime.bundle import Bundle
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    asyncio.run(_serve(_options(arguments, address), show))
+    given = _options(arguments, address)
+    for path in given["models"].values():
+        Bundle.open(path).close()  # a model that is named has to be there; one that was fetched may be damaged
+    asyncio.run(_serve(given, show))
     return 0
 
 
@@ -85,7 +90,7 @@ async def _serve(given: dict[str, Any], show) -> None:
 
     from ..device_agents.agent import Agent
     from ..device_agents.home import home
-    from .edge import _notify as notify
+    from ..systemd import notify
 
     agent, loop = Agent(home() / "device", **given), asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -175,6 +180,7 @@ def _unit(arguments: argparse.Namespace, address: str | None, show) -> int:
     import sys
 
     from ..device_agents.home import home
+    from ..systemd import quoted
 
     given = _options(arguments, address)
     words = [sys.executable, "-m", "shoal", "agent", "run", *([address] if address else [])]
@@ -191,16 +197,9 @@ def _unit(arguments: argparse.Namespace, address: str | None, show) -> int:
         _UNIT.format(
             where="/etc/systemd/system" if arguments.system else "~/.config/systemd/user",
             start="systemctl" if arguments.system else "systemctl --user",
-            command=" ".join(map(_quoted, words)),
-            home=_quoted(str(home())),
+            command=" ".join(map(quoted, words)),
+            home=quoted(str(home())),
             target="multi-user.target" if arguments.system else "default.target",
         )  # fmt: skip
     )
     return 0
-
-
-def _quoted(word: str) -> str:
-    """As systemd.service(5) reads it."""
-    plain = all(letter.isalnum() or letter in "/.:=_-+,@[]" for letter in word)
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return word if plain and word else f'"{escaped}"'

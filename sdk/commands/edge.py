@@ -117,6 +117,7 @@ async def _serve(arguments: argparse.Namespace, show, limits: dict[str, Any], dr
 
     from ..device_agents.edge import LISTEN, Edge
     from ..device_agents.home import home
+    from ..systemd import notify
 
     given, stop = vars(arguments), asyncio.Event()
     edge = Edge(home() / "edge", given.get("listen") or LISTEN, announce="no_discovery" not in given, **limits)
@@ -137,9 +138,9 @@ async def _serve(arguments: argparse.Namespace, show, limits: dict[str, Any], dr
             show.line(f"Dashboard at {server.url} (its token: shoal edge token)")
         show.line(f"Edge {edge.identity.name} ({edge.identity.id})")
         show.line(f"listens at {', '.join(map(str, edge.addresses))} (Ctrl-C stops; shoal edge pair lets a device in)")
-        _notify("READY=1")
+        notify("READY=1")
         await stop.wait()
-        _notify("STOPPING=1")
+        notify("STOPPING=1")
         show.note("Stopping…")
 
 
@@ -167,17 +168,6 @@ def _web(edge, given: dict[str, Any]):
         edge, token_in(edge.folder), host, int(port) if port else DEFAULT_PORT, names=given.get("web_name", ()),
         **{name: Path(file) for name, file in files.items() if file is not None},
     )  # fmt: skip
-
-
-def _notify(state: str) -> None:
-    """Tells systemd (sd_notify(3)), where it has started us."""
-    import os
-    import socket
-
-    if path := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.connect("\0" + path[1:] if path.startswith("@") else path)
-            notify.sendall(state.encode())
 
 
 # Its owner
@@ -321,10 +311,11 @@ def _unit(arguments: argparse.Namespace, show) -> int:
     import sys
 
     from ..device_agents.home import home
+    from ..systemd import quoted
 
     _, drain = _limits(arguments)
     words = [sys.executable, "-m", "shoal", "edge", "run", *_given(arguments)]
-    command, folder = " ".join(map(_quoted, words)), str(home())
+    command, folder = " ".join(map(quoted, words)), str(home())
     serial = any(address.startswith("serial:") for address in getattr(arguments, "listen", ()))
     where = "/etc/systemd/system" if arguments.system else "~/.config/systemd/user"
     start = "systemctl" if arguments.system else "systemctl --user"
@@ -332,11 +323,11 @@ def _unit(arguments: argparse.Namespace, show) -> int:
     if not arguments.system:
         notes.append("# and, to have it run while nobody is logged in: loginctl enable-linger")
     show.text(_UNIT.format(
-        where="\n".join(notes), command=command, home=_quoted(folder), stop=int(drain) + 10,
+        where="\n".join(notes), command=command, home=quoted(folder), stop=int(drain) + 10,
         user=("SupplementaryGroups=dialout\n" if serial else "") + f"User={getpass.getuser()}\n"
         if arguments.system
         else "",
-        system=_SYSTEM.format(home=_quoted(folder)) if arguments.system else "",
+        system=_SYSTEM.format(home=quoted(folder)) if arguments.system else "",
         target="multi-user.target" if arguments.system else "default.target",
     ))  # fmt: skip
     return 0
@@ -352,10 +343,3 @@ def _given(arguments: argparse.Namespace) -> list[str]:
         for one in value if isinstance(value, list) else [value]:
             words += [option] if one is True else [option, str(one)]
     return words
-
-
-def _quoted(word: str) -> str:
-    """A word as systemd.service(5) wants it."""
-    if word and all(letter.isalnum() or letter in "/._-:=@+,[]?" for letter in word):
-        return word
-    return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$") + '"'

@@ -243,3 +243,11 @@ def test_without_the_package_the_reason_is_said():
     code = "import sys; sys.modules['cryptography'] = None; import shoal.device_agents.identity"
     said = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ).stderr
     assert "MissingPackageError" in said and "shoal[agent]" in said
+
+
+def test_a_name_that_was_given_stays(tmp_path):
+    assert Identity.open(tmp_path).name == Identity.open(tmp_path).name
+    assert Identity.open(tmp_path, "kitchen").name == "kitchen"
+    assert Identity.open(tmp_path).name == "kitchen", "the agent goes by the name that pairing gave"
+    (tmp_path / "identity.name").write_bytes(b"\x1b[2J\xffbath")
+    assert Identity.open(tmp_path).name == "[2J\ufffdbath"

@@ -400,7 +400,7 @@ def test_memory_of_the_edge(bundles, expected):
                 assert await ids(split(bundles, links).generate(PROMPT, max_tokens=3)) == expected[:3]
                 assert await ids(whole.generate(PROMPT, max_tokens=3)) == expected[:3]
                 assert [model["kind"] for model in language.snapshot()] == ["model"]
-        least = shoal.plan(bundles.whole, slots=4, context=64, chunk=32).total
+        least = shoal.plan(bundles.whole, slots=4, context=64, chunk=32, kv="fp16").total
         async with edge(bundles, memory=least + (1 << 18), context=None) as language:  # as long as there is room for
             await ids(EdgeModel(Links(language), "whole").generate(PROMPT, max_tokens=3))
             assert 64 <= language.snapshot()[0]["context"] < 256

@@ -58,9 +58,21 @@ class Transport(Shape):
     async def write(self, data: bytes) -> None: ...
     def close(self) -> None: ...
     async def closed(self) -> None: ...
+    def abort(self) -> None: ...
 
 
 Handler = Callable[[Call], Awaitable[None]]
+
+
+async def released(transport: Transport, timeout: float) -> None:
+    """Closes a transport and returns when its port is free for the next one, after `timeout` seconds in any case."""
+    transport.close()
+    with contextlib.suppress(TimeoutError):
+        try:
+            async with asyncio.timeout(timeout):
+                await transport.closed()
+        finally:
+            transport.abort()  # nothing to it, unless the peer does not take the last bytes
 
 
 class Connection:
@@ -213,10 +225,7 @@ class Connection:
             try:
                 await self._part()
             finally:
-                self.transport.close()
-                with contextlib.suppress(TimeoutError):  # a port is free for the next connection then
-                    async with asyncio.timeout(self._farewell):
-                        await self.transport.closed()
+                await released(self.transport, self._farewell)
                 self._quiet.set()
                 if self.on_closed is not None:
                     self.on_closed(self.reason)

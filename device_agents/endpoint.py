@@ -20,7 +20,7 @@ from dataclasses import replace
 from shoal.runtime.errors import LinkError, ShoalError, TrustError
 
 from . import links
-from .connection import Call, Connection
+from .connection import Call, Connection, released
 from .identity import Identity
 from .links import Address, Transport
 from .messages import VERSION, Hello, Message, printable
@@ -310,10 +310,7 @@ async def _link(address: Address, timeout: float):
 async def _free(transport: Transport | None) -> None:
     """Closes a link, and waits until its port can be opened again."""
     if transport is not None:
-        transport.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FAREWELL):
-                await transport.closed()
+        await released(transport, _FAREWELL)
 
 
 async def _hear_out(transport: Transport) -> None:

@@ -18,6 +18,7 @@ from .local import Local
 
 _PATIENCE = 2.0  # seconds without a link after which a model of our own takes over
 _ALONE = 30.0  # and where there is none
+_SILENT, _SILENT_ALONE = 10.0, 60.0  # seconds in which an edge that has a link says nothing, likewise
 
 
 class Texts:
@@ -52,7 +53,8 @@ class Texts:
                         where = "local" if piece.where == "device" else "edge"
                         yield Piece(piece.text, piece.id, where, piece.finish)
                 return
-            edge = EdgeModel(self._connect, model or local.name, patience=_PATIENCE if whole else _ALONE)  # type: ignore[union-attr]
+            silent, patience = (_SILENT, _PATIENCE) if whole else (_SILENT_ALONE, _ALONE)
+            edge = EdgeModel(self._connect, model or local.name, timeout=silent, patience=patience)  # type: ignore[union-attr]
             async for piece in edge.generate(text, max_tokens=max_tokens, stop=stop, **options):
                 said, ids = said + piece.text, [*ids, piece.id]
                 yield Piece(piece.text, piece.id, "edge", piece.finish)
@@ -63,7 +65,7 @@ class Texts:
             if whole is None or len(ids) >= max_tokens:
                 raise
         mine = await asyncio.to_thread(self._open, whole)
-        if mine.tokenizer.decode(ids) != said:  # the edge's model has other tokens
+        if not _says(mine.tokenizer, ids, said, stop):  # the edge's model has other tokens
             ids = mine.tokenizer.encode(said, special=False)
         prompt = [*mine.prompt_ids(text), *ids]
         answer = mine.generate(prompt, max_tokens=max_tokens - len(ids), stop=stop, **options)
@@ -102,3 +104,10 @@ class Texts:
                 opened = load_part if "part" in local.roles else load
                 self._loaded = (local.path, opened(local.path, self._memory, threads=self._threads))
             return self._loaded[1]
+
+
+def _says(tokenizer: Any, ids: list[int], said: str, stop: tuple[str, ...]) -> bool:
+    """Whether these tokens make the text that was heard. A character or a stop that has only begun was not heard."""
+    stream = tokenizer.stream()
+    whole = "".join(map(stream.push, ids))
+    return whole.startswith(said) and len(whole) - len(said) <= max(map(len, stop), default=0)

@@ -128,6 +128,10 @@ class Transport(abc.ABC):
     async def closed(self) -> None:
         """Returns when the link is over and holds nothing any more."""
 
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Ends the link at once, whatever has not been sent."""
+
 
 Accept = Callable[[Transport], Awaitable[None]]
 

@@ -74,7 +74,8 @@ class Arq:
     """One session. `state`: "listen" or "syn" -> "open" -> "closing" -> "closed"; "lost" or "reset" with a `why`.
 
     The owner calls `receive` with what arrives, then `outgoing` after each call and when `wakeup` says so.
-    In "reset" (the peer started anew) `successor` is the new session's Arq and `rest` the bytes it begins with.
+    `successor` is the next session's Arq where a peer has dialled meanwhile; in "reset" (it proved itself) `rest` is
+    what that begins with.
     `rate` is the line's bytes a second or None; `hold` set by the owner refuses payload that nobody reads.
     """
 
@@ -199,8 +200,6 @@ class Arq:
                 self._met = True
                 self._session(body, now, payload)
             elif self.state in ("open", "closing"):
-                self.successor = Arq(now, self.rate, opener=False, nonce=self._make_nonce)
-                self.successor._offer = self._offer
                 self._end("reset", "the peer started anew")
         elif cobs.genuine(body, check, _OPEN_KEY):
             self._greeting(body, now)
@@ -454,7 +453,9 @@ class Arq:
         self.state, self.why = state, why
         self._flight.clear()
         self._unsent.clear()
-        self._offer = None
+        if self._offer is not None:  # a peer that has just dialled does not wait for this session's end
+            self.successor = Arq(self._offer.made, self.rate, opener=False, nonce=self._make_nonce)
+            self.successor._offer, self._offer = self._offer, None
         if state != "closed":
             self._control.clear()
 

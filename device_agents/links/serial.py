@@ -114,6 +114,11 @@ class SerialTransport(Transport):
         while not self._done:
             await self._changed.wait()
 
+    def abort(self) -> None:
+        self._closing = True
+        self.arq.abandon("this side gave it up")
+        self._pump()
+
     # ---- for the port
 
     def feed(self, data: bytes) -> None:
@@ -223,7 +228,8 @@ class SerialListener(Listener):
         while not self._ending:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REOPEN):
-                    return await self._ended.wait()
+                    await self._ended.wait()
+                    return
             with contextlib.suppress(LinkError):
                 port = await open_port(self.address)
                 if not self._ending:

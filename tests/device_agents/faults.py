@@ -290,6 +290,8 @@ class Cable:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.unplug()
+        for slave in self._slaves:
+            os.close(slave)
 
     def become(self, forward: Faults, backward: Faults | None = None) -> None:
         """New faults from now on."""
@@ -300,13 +302,11 @@ class Cable:
         self.become(dataclasses.replace(self.forward.faults, swallow=0))
 
     def unplug(self) -> None:
-        """Both ports vanish, for good."""
+        """Both ports vanish, for good. Their names stay ours until the end: who looks for them finds nobody else's."""
         for master in self._masters:
             self._loop.remove_reader(master)
             os.close(master)
-        for slave in self._slaves:
-            os.close(slave)
-        self._masters, self._slaves = [], []
+        self._masters = []
 
     @property
     def unread(self) -> tuple[int, int]:

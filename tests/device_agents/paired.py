@@ -11,26 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.converters.split.tail import pack_tail
+from shoal.converters.split.tail import pack, pack_tail
 from shoal.device_agents.agent import Agent
 from shoal.device_agents.edge import Edge
 from shoal.device_agents.health import Sensors
 from shoal.device_agents.trust import Peer
-from shoal.runtime.bundle import Graph, create
 from shoal.runtime.session import open_graph
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 from make_split import build, split  # noqa: E402
-
-
-def pack(path: Path, **graphs: bytes) -> Path:
-    """A device's bundle: role -> graph."""
-    with create(path) as writer:
-        for role, graph in graphs.items():
-            writer.add("graph", role, graph, required=True)
-            writer.graph(Graph(role, role, "cpu", 0, 0, 0, role))
-        writer.commit()
-    return path
 
 
 def small_network(folder: Path):
@@ -40,8 +29,9 @@ def small_network(folder: Path):
     with open_graph(made.whole, {}, threads=1) as whole:
         logits = whole.run({"image": images})["logits"]
     pack_tail(made.tail, folder / "tail.shoal", "cats")
-    device = pack(folder / "device.shoal", head=made.head, local=made.whole)
-    return folder / "tail.shoal", device, pack(folder / "head.shoal", head=made.head), images, logits
+    pack({"head": made.head, "local": made.whole}, folder / "device.shoal", "cats")
+    pack({"head": made.head}, folder / "head.shoal", "cats")
+    return folder / "tail.shoal", folder / "device.shoal", folder / "head.shoal", images, logits
 
 
 class Pair:
@@ -105,4 +95,5 @@ def broken(path: Path) -> Path:
     """A bundle that opens and computes no number: its graph divides nothing by nothing."""
     body = "zero = Sub (image, image) \n logits = Div (zero, zero)"
     graph = build("broken", "float[n, 3, 32, 32] image", "float[n, 3, 32, 32] logits", body)
-    return pack(path, local=graph)
+    pack({"local": graph}, path)
+    return path

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shoal.converters.split.tail import pack
 from shoal.device_agents.local import Local
 from shoal.runtime.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 from make_split import split  # noqa: E402
-from paired import broken, pack, small_network  # noqa: E402
+from paired import broken, small_network  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def test_a_probe_finds_what_does_not_compute(network, tmp_path):
 
 def test_head_and_tail_of_one_bundle_make_an_answer(network, tmp_path):
     made, (*_, images, logits) = split(), network
-    local = Local(pack(tmp_path / "both.shoal", head=made.head, tail=made.tail), "cats")
+    pack({"head": made.head, "tail": made.tail}, tmp_path / "both.shoal", "cats")
+    local = Local(tmp_path / "both.shoal")
     np.testing.assert_allclose(local.answer({"image": images})["logits"], logits, atol=1e-4)
     assert local.seconds and local.model.name == "cats"
     local.close()

@@ -226,6 +226,27 @@ def test_an_opener_that_starts_anew_ends_the_old_session_and_begins_one():
     assert set(line.at_b[before:]) <= set(b"new")
 
 
+def test_who_dials_while_the_session_before_falls_silent_is_not_kept_waiting():
+    """The old session ends between the new peer's first word and its proof: the answer that it has still counts."""
+    for steps in range(1, 60):
+        line = Line(delay=0.03).open()
+        old = line.b
+        line.a, line.up.dead = Arq(line.now, opener=True), True
+        line.run(seconds=arq.SILENCE - steps * 0.01)  # nobody speaks to the old session
+        line.up.dead, line.a = False, Arq(line.now, opener=True)
+
+        def follow(line=line):
+            if line.b.state in ("lost", "reset", "closed"):
+                rest, line.b = line.b.rest, line.b.successor or Arq(line.now, opener=False)
+                line.at_b += line.b.receive(rest, line.now)
+
+        line.at_b.clear()
+        assert line.run(lambda line=line: line.a.state == "open", 1.0, follow)
+        line.a.send(b"at once")
+        assert line.run(lambda line=line: line.at_b == b"at once", 2.0, follow)
+        assert old.state in ("lost", "reset")
+
+
 def test_a_listener_that_starts_anew_is_noticed_and_found_again():
     line = Line(BAUD_115200).open()
     line.b = Arq(line.now, BAUD_115200, opener=False)

@@ -42,6 +42,11 @@ _FIELDS: dict[str, dict[int, str]] = {
     "training": {1: "graph", 2: "graph", 3: _PLAIN, 4: _PLAIN},
     "function": {1: _PLAIN, 4: _PLAIN, 5: _PLAIN, 6: _PLAIN, 7: "node", 8: _PLAIN, 9: _PLAIN, 10: _PLAIN,
                  11: "attribute", 12: _PLAIN, 13: _PLAIN, 14: _PLAIN},
+    "value": {1: _PLAIN, 2: "type", 3: _PLAIN, 4: _PLAIN},
+    "type": {1: "array", 4: _PLAIN, 5: _PLAIN, 6: _PLAIN, 7: _PLAIN, 8: _PLAIN, 9: _PLAIN},
+    "array": {1: _PLAIN, 2: "shape"},
+    "shape": {1: "dim"},
+    "dim": {1: _PLAIN, 2: _PLAIN, 3: _PLAIN},
 }  # fmt: skip
 
 
@@ -108,7 +113,7 @@ def read(data: bytes, sections: Mapping[str, int], prepacked: str | None = None)
     if len(data) > MAX_MODEL:
         raise _refuse("graph", f"has {len(data)} bytes; the limit is {MAX_MODEL}")
     data = bytes(data)
-    walk = _Walk(data)
+    walk = Walk(data)
     tensors: list[Tensor] = []
     nodes: list[Node] = []
     graphs, header = [], []
@@ -238,7 +243,7 @@ def entry(key: str, ranges: Iterable[tuple[int, int]]) -> str:
     return "|".join([key, *(f"{offset};{length};0" for offset, length in ranges)])
 
 
-class _Walk:
+class Walk:
     """One pass over untrusted bytes; counts fields so that hostile bytes cannot hold it for long."""
 
     def __init__(self, data: bytes):
@@ -275,6 +280,14 @@ class _Walk:
             if at > stop:
                 raise _refuse(message, f"field {number} ends {at - stop} bytes beyond its message")
             yield number, start, at, begin
+
+    def inside(self, message: str, start: int, stop: int, depth: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
+        """(numbers of the fields that lead there, payload from, to) of everything inside, outer before inner."""
+        for number, begin, end, _ in self.fields(message, start, stop, depth):
+            yield (number,), begin, end
+            if inner := _FIELDS[message][number]:
+                for path, first, last in self.inside(inner, begin, end, depth + 1):
+                    yield (number, *path), first, last
 
     def varint(self, at: int, stop: int, message: str) -> tuple[int, int]:
         value = shift = 0

@@ -12,8 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, utils
 
-from shoal.converters.split.tail import pack_tail
-from shoal.runtime.bundle import Graph, create
+from shoal.converters.split.tail import pack, pack_tail
 
 CUT, LETTERS = "p2o.AveragePool.1", "softmax_11.tmp_0"  # names of values in the network
 STEP, ZERO = 0.125, 11  # of a byte of the latent, which is (value / STEP) + ZERO
@@ -40,12 +39,9 @@ def cut_in_two(path: Path, device: Path, edge: Path) -> list[str]:
     tail.graph.input[0].CopyFrom(latent)
     tail.graph.output[0].CopyFrom(helper.make_tensor_value_info("letters", TensorProto.INT64, ["n", "t"]))
 
-    pack_tail(tail.SerializeToString(), edge, "reader", overwrite=True)
-    with create(device, overwrite=True) as writer:
-        for role, graph in (("head", head), ("tail", tail)):
-            writer.add("graph", role, graph.SerializeToString(), required=True)
-            writer.graph(Graph(role, role, "cpu", 0, 0, 0, role))
-        writer.commit()
+    halves = {"head": head.SerializeToString(), "tail": tail.SerializeToString()}
+    pack(halves, device, "reader", overwrite=True)
+    pack_tail(halves["tail"], edge, "reader", overwrite=True)
     known = next(entry.value for entry in model.metadata_props if entry.key == "character")
     return ["", *known.splitlines(), " "]
 

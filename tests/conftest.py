@@ -57,6 +57,12 @@ def tiny_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def reader_onnx() -> Path:
+    """PP-OCRv4's recogniser in fp32 ONNX; all of its weights are Constant nodes."""
+    return _model("reader")
+
+
+@pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct, the default wherever a real language model is needed."""
     return _model("smollm2")

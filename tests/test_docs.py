@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "data"))
+from make_split import split  # noqa: E402
 
 
 @pytest.fixture
@@ -36,6 +38,8 @@ def run_page(agent, smollm2_bundle, minilm_bundle, tiny_folder, tmp_path, monkey
     def run(page: str) -> str:
         monkeypatch.chdir(tmp_path)
         shutil.copytree(tiny_folder, "checkpoint")
+        Path("head.onnx").write_bytes(split().head)
+        Path("tail.onnx").write_bytes(split().tail)
         text = (ROOT / page).read_text()
         names: dict = {"__name__": page}
         for match in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
@@ -55,7 +59,7 @@ def test_the_python_page_runs(run_page):
     assert "cancelled 10" in said and "weather {'city'" in said
     assert "do not fit the context" in said
     assert re.search(r"^local [0-9.e-]+ \(1, 10\) ", said, re.M) and "local length" in said
-    assert Path("mixed.shoal").exists()
+    assert Path("mixed.shoal").exists() and Path("cats.device.shoal").exists()
 
 
 def test_the_readme_runs(run_page):

@@ -1,4 +1,5 @@
-"""Show what is in a bundle: its card, its recipe, its sections and how close it is to its source. Loads no engine."""
+"""Show what is in a bundle: its card, its recipe, its sections and how close it is to its source, or, of a network of
+tensors, its name, modes, inputs and outputs. Loads no engine."""
 
 import argparse
 import json
@@ -10,6 +11,8 @@ NAME = "inspect"
 HELP = "show what is in a bundle"
 _CARD = ("name", "source", "model_type", "task", "blocks", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab",
          "max_context")  # fmt: skip
+_NETWORK = ("name", "encoder", "tables")
+_MODE = ("id", "bits", "bytes", "device_ms", "accuracy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +34,15 @@ def run(arguments: argparse.Namespace, show) -> int:
     show.json(found)
     show.table([("bundle", found["path"]), ("size", size(found["bytes"])), ("format", found["format"]),
                 ("digest", found["digest"])])  # fmt: skip
-    card = found["card"] or {}
-    show.line("\ncard")
-    show.table([(f"  {field}", str(card[field])) for field in _CARD if field in card])
-    for kind, rows in (("recipe", recipe_rows(found["recipe"] or {})), ("parity", parity_rows(found["parity"] or {}))):
+    card, network = found["card"] or {}, found["modes"] or {}
+    for title, rows in (
+        ("card", [(field, str(card[field])) for field in _CARD if field in card]),
+        ("network", [(field, _plain(network[field])) for field in _NETWORK if network.get(field)]),
+        ("recipe", recipe_rows(found["recipe"] or {})),
+        ("parity", parity_rows(found["parity"] or {})),
+    ):
         if rows:
-            show.line(f"\n{kind}")
+            show.line(f"\n{title}")
             show.table([(f"  {label}", text) for label, text in rows])
     show.line()
     show.table(
@@ -52,14 +58,22 @@ def run(arguments: argparse.Namespace, show) -> int:
              for g in found["graphs"]],
             heading=("graph", "role", "backend", "chunk", "blocks"),
         )  # fmt: skip
+    if ports := port_rows(found["graphs"]):
+        show.line()
+        show.table(ports, heading=("graph", "", "name", "type", "shape"))
+    if modes := network.get("modes"):
+        show.line()
+        show.table([[mode.get(key, "") for key in _MODE] for mode in modes], heading=("mode", *_MODE[1:]))
     if arguments.verify:
         show.line(f"\nverified: {len(found['sections'])} sections, every digest is right")
     return 0
 
 
 def describe(bundle) -> dict:
-    """An open bundle as one JSON value. Raises BundleError for a card, a recipe or figures that are none."""
+    """An open bundle as one JSON value. Raises BundleError for a card, a recipe, figures, modes or a network's graph
+    that are none."""
     from shoal.converters.report import parity_from_json
+    from shoal.runtime import onnx_ports, onnx_wire
     from shoal.runtime.card import Card
     from shoal.runtime.errors import BundleError
 
@@ -70,23 +84,34 @@ def describe(bundle) -> dict:
     def figures(data: bytes) -> dict:
         return {name: found and found.to_dict() for name, found in parity_from_json(data).items()}
 
-    def recipe(data: bytes) -> dict:
-        try:
-            found = json.loads(data)
-            recipe_rows(found)
-            return found
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise BundleError(
-                "The bundle's recipe cannot be shown.", "It is not a recipe.", "Convert the checkpoint again."
-            ) from None
+    def checked(kind: str, check, fix: str):
+        def read(data: bytes) -> dict:
+            try:
+                found = json.loads(data)
+                check(found)
+                return found
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                what = f"The bundle's {kind} cannot be shown."
+                raise BundleError(what, f"What it has is no {kind}.", fix) from None
 
+        return content(kind, read)
+
+    def ports(graph) -> dict:
+        section = bundle.section("graph", graph.section)
+        weights = {s.name: s.length for s in bundle.sections if s.kind == "weights"}
+        model = onnx_wire.read(bundle.bytes(section, onnx_wire.MAX_MODEL), weights)
+        return {side: [{"name": port.name, "dtype": port.dtype, "shape": port.dims} for port in found]
+                for side, found in zip(("inputs", "outputs"), onnx_ports.ports(model), strict=True)}  # fmt: skip
+
+    card = content("card", lambda data: asdict(Card.from_json(data)))
     return {
         "path": str(bundle.path),
         "bytes": bundle.path.stat().st_size,
         "format": ".".join(map(str, bundle.version)),
         "digest": bundle.digest,
-        "card": content("card", lambda data: asdict(Card.from_json(data))),
-        "recipe": content("recipe", recipe),
+        "card": card,
+        "modes": checked("modes", check_modes, "Pack the network again."),
+        "recipe": checked("recipe", recipe_rows, "Convert the checkpoint again."),
         "parity": content("parity", figures),
         "sections": [
             {"kind": s.kind, "name": s.name, "offset": s.offset, "bytes": s.length, "alignment": s.alignment,
@@ -94,9 +119,32 @@ def describe(bundle) -> dict:
         ],
         "graphs": [
             {"name": g.name, "role": g.role, "backend": g.backend, "chunk": g.chunk, "first_block": g.first_block,
-             "last_block": g.last_block} for g in bundle.graphs
+             "last_block": g.last_block} | ({} if card else ports(g)) for g in bundle.graphs
         ],
     }  # fmt: skip
+
+
+def check_modes(about: dict) -> None:
+    """Raises TypeError, KeyError or AttributeError for what is no section of modes."""
+    numbers = [value for mode in about["modes"] for value in mode.values()]
+    if not all(isinstance(about[field], str) for field in _NETWORK):
+        raise TypeError("not a text")
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise TypeError("not a number")
+
+
+def port_rows(graphs: list[dict]) -> list[tuple[str, ...]]:
+    """What each graph takes and gives, for a person; nothing of a language model's."""
+
+    def shape(dims) -> str:
+        return " x ".join("?" if dim is None else _plain(str(dim)) for dim in dims)
+
+    return [
+        (graph["name"], label, _plain(port["name"]), port["dtype"], shape(port["shape"]))
+        for graph in graphs
+        for label, side in (("takes", "inputs"), ("gives", "outputs"))
+        for port in graph.get(side, ())
+    ]
 
 
 def recipe_rows(recipe: dict) -> list[tuple[str, str]]:
@@ -122,3 +170,8 @@ def parity_rows(parity: dict) -> list[tuple[str, str]]:
 
     labels = {"parity": "with the source", "baseline": "rounded to nearest"}
     return [(label, describe_parity(parity[key])) for key, label in labels.items() if parity.get(key)]
+
+
+def _plain(text: str) -> str:
+    """As it may reach a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,15 +1,30 @@
-"""`shoal inspect` on bundles whose digests are right and whose contents are not."""
+"""`shoal inspect` on split networks, and on bundles whose digests are right and whose contents are not."""
+
+import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from shoal import cli
 from shoal.converters.recipe import NAMED
-from shoal.runtime.bundle import create
+from shoal.converters.split.tail import pack
+from shoal.runtime.bundle import Graph, create
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+from make_split import split  # noqa: E402
 
 JUNK = [b"", b"{", b"\xff", b"null", b"[]", b"3", b'"linear"', b"[" * 100_000, b"1" * 5000]
 WRONG = {
     "card": [*JUNK, b"{}", b'{"blocks": "many"}'],
     "recipe": [*JUNK, b'{"linear": 4}', b'{"rules": [1]}', b'{"rules": [["a", 4]]}', b'{"rules": 4}'],
+    "modes": [
+        *JUNK,
+        b"{}",
+        b'{"name": 1, "encoder": "", "tables": "", "modes": []}',
+        b'{"name": "", "encoder": "", "tables": "", "modes": [1]}',
+        b'{"name": "", "encoder": "", "tables": "", "modes": [{"id": "\\u001b"}]}',
+    ],
     "parity": [*JUNK, b'{"parity": 4}', b'{"parity": {"texts": "many"}}', b'{"parity": {"kl": 1e999}}'],
 }
 
@@ -34,3 +49,28 @@ def test_a_recipe_that_this_version_cannot_follow_is_shown(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "awq" in said and "4 bits, in groups of 32, with zero points, rotated" in said
     assert "8 bits, by rows, with zero points, rotated" in said
+
+
+def test_a_network_cut_in_two_shows_what_it_takes_and_gives(tmp_path, capsys):
+    made, mode = split(), {"id": 1, "bits": 8, "bytes": 1024, "device_ms": 2.5, "accuracy": 0.7}
+    pack({"head": made.head, "tail": made.tail}, tmp_path / "a", "c\033ats", tables="ab" * 32, modes=[mode])
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    for row in ("name    c?ats", "tables  abab", "head   head  cpu", "head   takes  image   float32  n x 3 x 32 x 32",
+                "head   gives  latent  float32  n x 16 x 8 x 8", "tail   gives  label   int64    n",
+                "mode  bits  bytes  device_ms  accuracy", "   1     8  1,024        2.5       0.7"):  # fmt: skip
+        assert row in said, said
+    assert "card" not in said
+    assert cli.main(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["modes"] == {"name": "c\033ats", "encoder": "", "tables": "ab" * 32, "modes": [mode]}
+    assert found["graphs"][1]["inputs"] == [{"name": "latent", "dtype": "float32", "shape": ["n", 16, 8, 8]}]
+
+
+def test_a_graph_that_is_none_is_the_bundle_s_fault(tmp_path, capsys):
+    with create(tmp_path / "a") as writer:
+        writer.add("graph", "tail", b"\xff" * 40)
+        writer.graph(Graph("tail", "tail", "cpu", 0, 0, 0, "tail"))
+        writer.commit()
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 5
+    assert "graph" in capsys.readouterr().err

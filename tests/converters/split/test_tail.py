@@ -1,4 +1,4 @@
-"""A tail from an ONNX file: the same numbers from a bundle, and a refusal where an edge could not serve it."""
+"""Split networks from ONNX files: the same numbers from a bundle, and a refusal where an edge could not serve one."""
 
 import json
 import sys
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
-from shoal.converters.split.tail import pack_tail, trial
+from shoal.converters.split.tail import INLINE, pack, pack_tail, trial
 from shoal.runtime.bundle import Bundle
 from shoal.runtime.errors import ConvertError, UsageError
 from shoal.runtime.session import Place, open_graph
@@ -17,10 +18,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 from make_split import build, split  # noqa: E402
 
 
-def opened(bundle):
+def opened(bundle, role="tail"):
     weights = bundle.section("weights", "weights")
     place = Place(str(bundle.path), weights.offset, weights.length, bundle.fileno())
-    return open_graph(bundle.bytes(bundle.section("graph", "tail")), {"weights": place}, threads=1)
+    return open_graph(bundle.bytes(bundle.section("graph", role)), {"weights": place}, threads=1)
+
+
+def with_constants(data: bytes) -> bytes:
+    """The model as some exporters write it: no initializers, a Constant node for each."""
+    model = onnx.ModelProto.FromString(data)
+    nodes = [helper.make_node("Constant", [], [one.name], value=one) for one in model.graph.initializer]
+    nodes += model.graph.node
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model.SerializeToString()
+
+
+def assert_same(path, role, source: bytes, feeds=None):
+    """The bundle's graph gives what the source does, bit for bit."""
+    with open_graph(source, {}, threads=1) as plain, Bundle.open(path) as bundle, opened(bundle, role) as packed:
+        feeds = feeds or trial(plain, 5)
+        for name, array in plain.run(feeds).items():
+            np.testing.assert_array_equal(packed.run(feeds)[name], array)
 
 
 def test_a_bundle_computes_what_the_file_did(tmp_path):
@@ -47,6 +66,80 @@ def test_the_same_model_gives_the_same_bytes_and_external_weights_come_along(tmp
     for name in ("inside", "outside"):
         pack_tail(tmp_path / f"{name}.onnx", tmp_path / f"{name}.shoal", "same")
     assert (tmp_path / "inside.shoal").read_bytes() == (tmp_path / "outside.shoal").read_bytes()
+
+
+def test_tensors_of_constant_nodes_are_weights(tmp_path):
+    pack_tail(split().tail, tmp_path / "plain.shoal", "same")
+    source = with_constants(split().tail)
+    pack_tail(source, tmp_path / "t.shoal", "same")
+    assert_same(tmp_path / "t.shoal", "tail", source)
+    with Bundle.open(tmp_path / "t.shoal") as bundle, Bundle.open(tmp_path / "plain.shoal") as plain:
+        assert bundle.section("weights", "weights").sha256 == plain.section("weights", "weights").sha256
+
+
+def test_a_branch_keeps_its_constants_and_finds_those_outside(tmp_path):
+    rng, many = np.random.default_rng(0), INLINE // 4 + 1
+    inner, outer = (numpy_helper.from_array(rng.standard_normal(many, np.float32)) for _ in range(2))
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    branches = [
+        helper.make_graph([helper.make_node("Constant", [], ["k"], value=inner),
+                           helper.make_node("Add", ["k", "w"], ["z"]), helper.make_node(op, ["x", "z"], ["y"])], op, [],
+                          [y])
+        for op in ("Add", "Mul")
+    ]  # fmt: skip
+    model = onnx.ModelProto.FromString(build("tail", f"float[n, {many}] x", f"float[n, {many}] y", "y = Relu (x)"))
+    model.graph.node[0].CopyFrom(helper.make_node("Constant", [], ["w"], value=outer))
+    model.graph.node.extend([
+        helper.make_node("Shape", ["x"], ["width"], start=1), helper.make_node("Constant", [], ["two"], value_ints=[2]),
+        helper.make_node("Greater", ["width", "two"], ["wide"]),
+        helper.make_node("If", ["wide"], ["y"], then_branch=branches[0], else_branch=branches[1]),
+    ])  # fmt: skip
+    pack_tail(model.SerializeToString(), tmp_path / "t.shoal")
+    assert_same(tmp_path / "t.shoal", "tail", model.SerializeToString())
+    with Bundle.open(tmp_path / "t.shoal") as bundle:
+        assert bundle.section("weights", "weights").length == 4 * many < bundle.section("graph", "tail").length
+
+
+def test_a_network_from_elsewhere_is_the_same_and_its_weights_are_mapped(reader_onnx, tmp_path):
+    from reader import cut_in_two
+
+    cut_in_two(reader_onnx, tmp_path / "device.shoal", tmp_path / "edge.shoal")
+    for name, roles, least in (("device", {"head", "tail"}, 10 << 20), ("edge", {"tail"}, 5 << 20)):
+        with Bundle.open(tmp_path / f"{name}.shoal") as bundle:
+            assert {graph.role for graph in bundle.graphs} == roles
+            assert bundle.section("weights", "weights").length > least
+            assert all(bundle.section("graph", role).length < 100_000 for role in roles)
+    pack({"local": reader_onnx}, tmp_path / "whole.shoal")
+    image = np.random.default_rng(0).standard_normal((2, 3, 48, 96), np.float32)
+    assert_same(tmp_path / "whole.shoal", "local", reader_onnx.read_bytes(), {"x": image})
+
+
+def test_a_device_s_graphs_share_their_weights(tmp_path):
+    made, modes = split(), [{"id": 1, "bits": 8, "bytes": 1024}]
+    graphs = {"head": made.head, "tail": made.tail, "local": made.whole}
+    digest = pack(graphs, tmp_path / "d.shoal", "cats", modes=modes)
+    for role, source in graphs.items():
+        assert_same(tmp_path / "d.shoal", role, source)
+    pack({"local": made.whole}, tmp_path / "one.shoal")
+    with Bundle.open(tmp_path / "d.shoal") as bundle, Bundle.open(tmp_path / "one.shoal") as one:
+        assert bundle.digest == digest and [graph.role for graph in bundle.graphs] == ["head", "tail", "local"]
+        about = json.loads(bundle.bytes(bundle.section("modes")))
+        assert (about["name"], about["modes"]) == ("cats", modes)
+        lengths = [each.section("weights", "weights").length for each in (bundle, one)]
+        assert lengths[0] == lengths[1] > 0
+
+
+def test_graphs_that_make_no_device_are_refused(tmp_path):
+    made = split()
+    for graphs in ({}, {"decode": made.tail}):
+        with pytest.raises(UsageError, match="role"):
+            pack(graphs, tmp_path / "d.shoal")
+    other = build("head", "float[n, 3] x", "float[n, 3] other", "other = Relu (x)")
+    with pytest.raises(ConvertError, match=r"takes latent float32; the head gives other float32"):
+        pack({"head": other, "tail": made.tail}, tmp_path / "d.shoal")
+    with pytest.raises(ConvertError, match="The head cannot be packed"):
+        pack({"tail": made.tail, "head": b"\xff"}, tmp_path / "d.shoal")
+    assert not any(tmp_path.iterdir())
 
 
 CROSSING = {

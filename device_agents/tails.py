@@ -278,13 +278,12 @@ class Tails:
         self.open_tails.clear()
 
     async def _opened(self, digest: str) -> Tail:
-        tail = self.open_tails.get(digest)
-        if tail is None:
+        while (tail := self.open_tails.get(digest)) is None:  # again, where another tail took its place meanwhile
             task = self._opening.get(digest)
             if task is None:
                 task = self._opening[digest] = asyncio.create_task(self._open(digest))
                 task.add_done_callback(lambda done: self._is_open(digest, done))
-            tail = await asyncio.shield(task)  # who gives up waiting stops it for nobody else
+            await asyncio.shield(task)  # who gives up waiting stops it for nobody else
         tail.users += 1
         tail.used = asyncio.get_running_loop().time()
         return tail

@@ -7,23 +7,19 @@
     -> {"verb": "status"}      <- one line, the snapshot
     -> anything else           <- {"error": {"code": 2, "what": ..., "why": ..., "fix": ...}}
 
-The folder lets nobody in but its owner, and the socket's other end is asked who it is besides. Who hangs up during
-`pair` closes the window. It knows nothing about devices or messages.
+Who hangs up during `pair` closes the window. It knows nothing about devices or messages.
 """
 
 import asyncio
-import contextlib
 import json
-import os
-import socket
-import stat
-import struct
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.runtime import errors
 from shoal.runtime.errors import LinkError, ShoalError, TrustError, UsageError
+
+from .local_socket import LocalServer, connect
 
 if TYPE_CHECKING:
     from .edge import Edge
@@ -32,7 +28,6 @@ _LINE = 1 << 16  # bytes of a request
 _ANSWER = 16 << 20  # bytes of a snapshot at most
 _IDLE = 30.0  # seconds that a request may take to come
 _CLIENTS = 16
-_MOST_PATH = 100  # bytes; the system takes 108 (104 on macOS)
 
 
 def socket_path(folder: Path) -> Path:
@@ -44,46 +39,20 @@ class Admin:
     """The daemon's side."""
 
     def __init__(self, edge: "Edge"):
-        self._edge, self._path = edge, socket_path(edge.folder)
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task] = set()
+        self._edge, self._server = edge, LocalServer(socket_path(edge.folder), self._serve, _LINE)
 
     async def start(self) -> None:
-        """Raises UsageError where another daemon has the folder."""
+        """Raises UsageError where another daemon has the folder, StorageError."""
         if is_running(self._edge.folder):
             raise UsageError("The edge cannot start.", "Another one runs in its folder.", "Stop that one first.")
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(self._path.lstat().st_mode):
-                self._path.unlink()  # of a daemon that was killed
-        old = os.umask(0o177)
-        try:
-            with within(self._path) as name:
-                self._server = await asyncio.start_unix_server(self._accept, name, limit=_LINE)
-        except OSError as error:
-            raise UsageError(f"{self._path} cannot be made.", f"{error}.", "Choose another SHOAL_HOME.") from None
-        finally:
-            os.umask(old)
+        await self._server.start()
 
     async def stop(self) -> None:
-        if self._server is None:
-            return
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        with contextlib.suppress(OSError):
-            self._path.unlink()
-        self._server = None
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._serve(reader, writer))  # a task of asyncio's own complains of being cancelled
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._server.stop()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if len(self._tasks) > _CLIENTS or not _is_owner(writer.get_extra_info("socket")):
+            if self._server.clients > _CLIENTS:
                 return
             async with asyncio.timeout(_IDLE):
                 line = await reader.readline()
@@ -97,8 +66,6 @@ class Admin:
                 await _say(writer, {"error": said})
         except (TimeoutError, ValueError, OSError):  # too slow, too long, or gone
             pass
-        finally:
-            writer.close()
 
     async def _answers(self, line: bytes, reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
         try:
@@ -152,21 +119,13 @@ async def _say(writer: asyncio.StreamWriter, value: dict[str, Any]) -> None:
     await writer.drain()
 
 
-def _is_owner(connection: socket.socket) -> bool:
-    """The system says who is at the other end; where it does not, the folder's mode is the only guard."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return user in (os.getuid(), 0)
-
-
 # The other side: blocking, for a command line
 
 
 def is_running(folder: Path) -> bool:
     """Whether a daemon answers in `folder`."""
     try:
-        _connect(folder).close()
+        connect(socket_path(folder)).close()
     except OSError:
         return False
     return True
@@ -175,7 +134,7 @@ def is_running(folder: Path) -> bool:
 def ask(folder: Path, verb: str, **more: Any) -> Iterator[dict[str, Any]]:
     """What the daemon of the edge in `folder` says to `verb`, line by line. Raises what it raised, and LinkError."""
     try:
-        connection = _connect(folder)
+        connection = connect(socket_path(folder))
     except OSError as error:
         why = (
             "No daemon listens there." if isinstance(error, FileNotFoundError | ConnectionRefusedError) else f"{error}."
@@ -191,30 +150,6 @@ def ask(folder: Path, verb: str, **more: Any) -> Iterator[dict[str, Any]]:
             if "error" in value:
                 raise _error(value["error"])
             yield value
-
-
-def _connect(folder: Path) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        with within(socket_path(folder)) as name:
-            connection.connect(name)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-@contextlib.contextmanager
-def within(path: Path) -> Iterator[str]:
-    """A name for the socket at `path` that is short enough for the system, by way of an open folder if need be."""
-    if len(os.fsencode(path)) <= _MOST_PATH or not os.path.isdir("/proc/self/fd"):
-        yield str(path)
-        return
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{path.name}"
-    finally:
-        os.close(descriptor)
 
 
 def _error(said: dict[str, Any]) -> ShoalError:

@@ -7,10 +7,6 @@ and that every request is answered, or refused, by its deadline. It knows nothin
 import asyncio
 import contextlib
 import math
-import os
-import socket
-import stat
-import struct
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -18,11 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shoal.runtime.errors import BusyError, LinkError, ShoalError, StorageError, UsageError
+from shoal.runtime.errors import BusyError, LinkError, ShoalError, UsageError
 
 from . import apps
-from .admin import within
 from .apps import Answer, Piece
+from .local_socket import LocalServer
 
 MOST_APPS = 32
 _SLOW = 30.0  # seconds that the rest of a frame may take
@@ -41,49 +37,21 @@ class AppServer:
     """Listens at `path` (0600, in a folder of this user) once started."""
 
     def __init__(self, path: Path, answers: Answers):
-        self.path, self._answers = Path(path), answers
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task] = set()
+        self._answers, self._server = answers, LocalServer(path, self._serve)
         self._kinds: dict[str, Callable[..., Awaitable[None]]] = {
             "infer": self._infer, "generate": self._generate, "status": self._status, "update": self._update,
         }  # fmt: skip
 
     async def start(self) -> None:
-        """The caller holds the agent's lock: a socket that lies there is of an agent that died. Raises StorageError."""
-        old = os.umask(0o177)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                if stat.S_ISSOCK(self.path.lstat().st_mode):
-                    self.path.unlink()
-            with within(self.path) as name:
-                self._server = await asyncio.start_unix_server(self._accept, name)
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be made.", f"{error}.", "Choose another place.") from None
-        finally:
-            os.umask(old)
+        """The caller holds the agent's lock. Raises StorageError."""
+        await self._server.start()
 
     async def stop(self) -> None:
-        if self._server is None:
-            return
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-        self._server = None
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._serve(reader, writer))  # a task of asyncio's own complains of being cancelled
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._server.stop()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if not _is_owner(writer.get_extra_info("socket")):
-                return
-            if len(self._tasks) > MOST_APPS:
+            if self._server.clients > MOST_APPS:
                 busy = BusyError("The agent takes no more apps.", f"{MOST_APPS} are connected.", "Close one.")
                 return await _say(writer, apps.refusal(busy))
             while head := await reader.read(1):  # an app may be silent for as long as it likes, between two frames
@@ -95,8 +63,6 @@ class AppServer:
                 await _say(writer, apps.refusal(error))
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             pass
-        finally:
-            writer.close()
 
     async def _request(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
         try:
@@ -136,14 +102,6 @@ class AppServer:
 
     async def _status(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
         await _say(writer, {"ok": True, "status": self._answers.status()})
-
-
-def _is_owner(connection: socket.socket) -> bool:
-    """Whether the other end is of this user, where the system says so; else the socket's mode is the only guard."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return user in (os.getuid(), 0)
 
 
 async def _frame(reader: asyncio.StreamReader, head: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -25,8 +25,8 @@ import numpy as np
 
 from shoal.runtime.errors import LinkError, ShoalError, UsageError
 
-from .admin import within
 from .home import home
+from .local_socket import connect
 from .messages import Failure
 
 LENGTH = struct.Struct("<I")
@@ -251,10 +251,7 @@ class App:
         what, fix = "No agent answers on this device.", "Start it: shoal agent run."
         try:
             if self._socket is None:
-                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                self._socket.settimeout(_left(until))
-                with within(self._path) as name:
-                    self._socket.connect(name)
+                self._socket = connect(self._path, _left(until))
             what, fix = "The agent went away.", "Try again; see: shoal agent status."
             self._socket.settimeout(_left(until))
             yield self._socket

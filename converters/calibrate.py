@@ -111,6 +111,29 @@ def calibrate(
     progress(Event("calibrate", blocks.stop, blocks.stop, "", "blocks"))
 
 
+def stack(
+    architecture: ModuleType, card: Card, weights: Weights, tokens: np.ndarray, folder: Path,
+    progress: Progress = silent,
+) -> None:  # fmt: skip
+    """Makes every block's stacked matrices, and rounds and stores the others, each by the moments of its inputs over
+    `tokens`, int64 [rows, length]. A block's inputs are those of the source, since how many steps the blocks before it
+    will have is not known. Blocks whose matrices were made before are only walked through."""
+    weights.hessians = head = _head_moments(architecture, card, weights, tokens, folder, progress)
+    walk = Walk(architecture, card, tokens)
+    for block in range(card.blocks):
+        progress(Event("stack", block, card.blocks, f"block {block}", "blocks"))
+        one = range(block, block + 1)
+        with Scratch(weights.source, folder, _exact(weights)) as scratch:
+            products = walk.graph(one, scratch.weights, taps=True).tapped
+            stacked = all(weights.recipe.stacks(f"{names[0]}.weight", "linear") for names in products)
+            made = stacked and weights.stacks is not None and weights.stacks.done(len(products))
+            weights.hessians = head if made else head | moments(walk, one, scratch)
+            walk.graph(one, weights)  # makes them
+            weights.hessians = head
+            walk.advance(one, scratch)
+    progress(Event("stack", card.blocks, card.blocks, "", "blocks"))
+
+
 def _head_moments(
     architecture: ModuleType, card: Card, weights: Weights, tokens: np.ndarray, folder: Path, progress: Progress
 ) -> dict[Names, np.ndarray]:

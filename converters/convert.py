@@ -1,16 +1,22 @@
 """A checkpoint becomes a bundle: a straight line from source to report.
 
 Weights stream through once, slice by slice; what cannot be converted is refused before anything is written, and a
-conversion that fails or is interrupted leaves nothing behind. The same source, recipe and version give the same bytes.
+conversion that fails or is interrupted leaves nothing behind, but for the matrices of a stack that are done: a second
+try goes on from these. The same source, recipe and version give the same bytes.
 """
 
 import dataclasses
+import hashlib
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from shoal.runtime import session
+from shoal.runtime.bitstack.layout import Index
 from shoal.runtime.bundle import Graph, create
 from shoal.runtime.card import Card
 from shoal.runtime.errors import UsageError
@@ -18,10 +24,14 @@ from shoal.runtime.events import Event, Progress, silent
 from shoal.runtime.language.tokens import Tokenizer
 from shoal.runtime.measure import PeakAnonymous
 
-from . import architectures, parity, parts
+from . import architectures, auto, parity, parts
 from . import recipe as recipes
+from .bitstack.measure import Meter
+from .bitstack.sort import orders
+from .bitstack.stacks import Stacks
+from .bitstack.work import Work
 from .caches import cache_scales
-from .calibrate import calibrate, calibration_rows, smooth
+from .calibrate import calibrate, calibration_rows, smooth, stack
 from .graph import GraphBuilder
 from .recipe import Recipe
 from .report import Parity, Report, parity_to_json
@@ -30,19 +40,34 @@ from .text import CALIBRATION, HELDOUT
 from .walk import Scratch, stream
 from .weights import Weights
 
+SHORT, LONG = 128, 4  # tokens on which a stack's proxy order is measured; calibration rows for the others
+CURVE_TOKENS, CURVE_POINTS = 1024, 9
+
 
 def convert(
     source: str | Path, out: str | Path, recipe: str | Path | Recipe = "int4", *, overwrite: bool = False,
     check_parity: bool = True, calibration_text: str | Path | None = None, blocks: str | range | None = None,
-    progress: Progress = silent,
+    memory: int | None = None, progress: Progress = silent,
 ) -> Report:  # fmt: skip
     """Converts the checkpoint `source` (GGUF file or Hugging Face folder) to the bundle `out`.
 
+    The recipe "auto" is whichever predicts held-out text best within `memory` bytes (see auto.py).
     `blocks` (a range, or "8:30") makes a part of a language model: those blocks, with the embedding before the first
     and the head after the last, bit for bit as the whole bundle has them. With `check_parity` the bundle is compared
     with its source in fp32 and the figures are stored in it. Raises SourceError, ConvertError, UsageError,
     StorageError; `out` then is as it was.
     """
+    if recipe == "auto":
+        if blocks is not None or calibration_text is not None:
+            raise UsageError(
+                "The recipe 'auto' takes neither blocks nor a calibration text.", "It tries several recipes.",
+                "Name one of them.",
+            )  # fmt: skip
+        return auto.best(
+            source, out, memory, convert, overwrite=overwrite, check_parity=check_parity, progress=progress
+        )
+    if memory is not None:
+        raise UsageError("A memory was given.", "Only the recipe 'auto' asks for one.", "Leave it out, or name auto.")
     chosen = recipes.load(recipe)
     if calibration_text is not None:
         if not chosen.calibrated:
@@ -54,7 +79,10 @@ def convert(
             chosen, calibration=dataclasses.replace(chosen.calibration, text=str(calibration_text))
         )
     seconds: dict[str, float] = {}
-    with open_source(source) as checkpoint, PeakAnonymous() as peak, create(out, overwrite=overwrite) as writer:
+    with (
+        open_source(source) as checkpoint, PeakAnonymous() as peak, create(out, overwrite=overwrite) as writer,
+        ExitStack() as undo,
+    ):  # fmt: skip
         _refuse_its_own_source(Path(source), Path(out))
         architecture, card = architectures.find(checkpoint)
         tokenizer_json = checkpoint.tokenizer()
@@ -65,6 +93,7 @@ def convert(
         named = dataclasses.replace(chosen, calibration=calibration)
         if blocks is not None:
             card = parts.part(card, parts.parse(blocks), named, checkpoint)
+        stacks = _stacks(Path(source), Path(out), chosen, named, card, undo) if chosen.ladder is not None else None
         compared: Parity | None = None
         baseline: Parity | None = None
         with writer.scratch() as folder:
@@ -73,7 +102,7 @@ def convert(
                 def places() -> dict[str, session.Place]:
                     return {"weights": session.Place(str(writer.path), section.offset, section.tell())}
 
-                weights = Weights(checkpoint, chosen, section, progress)
+                weights = Weights(checkpoint, chosen, section, progress, stacks=stacks)
                 if chosen.calibrated:
                     with timed(seconds, "calibrate"):
                         rows = calibration_rows(chosen, card, tokenizer)
@@ -81,6 +110,8 @@ def convert(
                             weights.factors = smooth(architecture, card, weights, rows, folder, progress)
                         if chosen.method == "gptq":
                             calibrate(architecture, card, weights, places, rows, folder, progress)
+                        if stacks is not None:
+                            stack(architecture, card, weights, rows, folder, progress)
                 with timed(seconds, "convert"):
                     graph = build(architecture, card, weights)
             with timed(seconds, "graphs"):
@@ -90,9 +121,15 @@ def convert(
                     ids = tokenizer.encode(CALIBRATION[:2000])[:256]
                     x = stream(architecture, card, weights, ids, folder)
                     with parity.whole(graph, weights, places(), folder) as opened:
-                        scales = cache_scales(opened, card, x)
+                        scales = cache_scales(opened, card, x, weights.handle)
                     graphs[f"{kind}.fp16"] = build(architecture, card, weights, cache="float16")
                     graphs[f"{kind}.int8"] = build(architecture, card, weights, cache_scales=scales)
+            if stacks is not None:
+                with timed(seconds, "sort"), parity.whole(graph, weights, places(), folder) as opened:
+                    index = _sorted(opened, card, stacks, chosen, tokenizer, rows, check_parity, progress)
+                with writer.section("stack", "blocks", alignment=4096, required=True) as sink:
+                    stacks.write(sink, index)
+                writer.add("stack", "index", index.to_json(), required=True)
             for name, data in graphs.items():
                 writer.add("graph", name, data, required=True)
                 role = name.split(".")[0]
@@ -108,7 +145,7 @@ def convert(
                     compared = parity.compare(
                         checkpoint, architecture, card, weights, graph, places(), tokenizer, HELDOUT, folder, progress
                     )
-                    if chosen.calibrated:
+                    if chosen.calibrated and stacks is None:
                         baseline = _rounded_to_nearest(
                             checkpoint, architecture, card, chosen, tokenizer, folder, progress
                         )
@@ -116,7 +153,10 @@ def convert(
         with timed(seconds, "write"):
             progress(Event("write", detail=str(out)))
             writer.commit()
-        stored = sum(matrix.values.length for matrix in weights.matrices.values())
+        stored = sum(matrix.values.length for matrix in weights.matrices.values() if matrix.values is not None)
+        if stacks is not None:
+            stored += index.sizes()[-1]
+            stacks.work.remove()
         counted = sum(matrix.outputs * matrix.inputs for matrix in weights.matrices.values())
         return Report(
             bundle=str(out), source=checkpoint.describe(), model_type=card.model_type, recipe=chosen.name,
@@ -125,6 +165,66 @@ def convert(
             bits_per_weight=8 * stored / max(counted, 1), seconds=seconds, peak_bytes=peak.bytes or 0,
             parity=compared.to_dict() if compared else None, baseline=baseline.to_dict() if baseline else None,
         )  # fmt: skip
+
+
+def _stacks(source: Path, out: Path, recipe: Recipe, named: Recipe, card: Card, undo: ExitStack) -> Stacks:
+    """Where the stacked matrices go, with those that an earlier try has made. Raises UsageError for a model that cannot
+    be stacked."""
+    assert recipe.ladder is not None
+    if card.task != "generate" or card.is_part:
+        what = "a part of a model" if card.is_part else f"a model that does not generate ({card.model_type})"
+        raise UsageError(
+            f"The recipe {recipe.name!r} cannot be used.", f"It stacks language models, and this is {what}.",
+            "Name another recipe.",
+        )  # fmt: skip
+    files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
+    key = {
+        "source": [(path.name, (info := path.stat()).st_size, info.st_mtime_ns) for path in files],
+        "recipe": dataclasses.asdict(named), "card": dataclasses.asdict(card),
+        "text": _digest(recipe.calibration.text),
+    }  # fmt: skip
+    work = Work(out, key)
+    undo.callback(work.close)
+    stacks = Stacks(recipe.ladder, work)
+    undo.callback(stacks.close)
+    return stacks
+
+
+def _sorted(
+    opened, card: Card, stacks: Stacks, recipe: Recipe, tokenizer: Tokenizer, rows, curve: bool, progress
+) -> Index:
+    """The index of a stack in its recipe's order, beside which it has the others that are known. With `curve` it has
+    perplexities of held-out text as well."""
+    assert recipe.ladder is not None
+    chosen = recipe.ladder.sort
+    measured = ("average", "greedy") if chosen in ("average", "greedy") else ()
+    short = Meter(opened, card, stacks, [rows[0][:SHORT]])
+    long = Meter(opened, card, stacks, list(rows[:: -(-len(rows) // LONG)]), stride=2)
+    found = orders(stacks, {chosen, "proxy", "random", *measured}, short, long, progress)
+    first = stacks.floors
+    others = {name: tuple(order) for name, order in found.items() if name != chosen}
+    index = Index(tuple(stacks.matrices), tuple(found[chosen]), sum(first), chosen, orders=others)
+    if not curve:
+        return index
+    texts = parity.stretches(tokenizer, card, HELDOUT, CURVE_TOKENS)
+    held = Meter(opened, card, stacks, texts)
+    points = sorted({round(at) for at in np.linspace(index.floor, len(index.order), CURVE_POINTS)})
+    measured_at = []
+    for at, entries in enumerate(points):
+        progress(Event("curve", at, len(points), f"{entries} entries", "points"))
+        perplexity = held.perplexity(index.counts(entries))
+        measured_at += [(entries, perplexity)] if math.isfinite(perplexity) else []
+    progress(Event("curve", len(points), len(points), "", "points"))
+    stacks.set([len(one.steps) for one in stacks.matrices])  # for what is measured after this
+    return dataclasses.replace(index, curve=tuple(measured_at))
+
+
+def _digest(path: str) -> str:
+    """Of a calibration text; a missing one is reported where it is read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    except OSError:
+        return ""
 
 
 def build(architecture, card: Card, weights: Weights, **options) -> bytes:

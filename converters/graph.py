@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from shoal.runtime.kernels import DOMAIN as KERNELS
+from shoal.runtime.kernels.layout import BLOCK
 
 from .weights import Matrix, Stored, Weights
 
@@ -45,6 +46,7 @@ class GraphBuilder:
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
+        self._stack_input: ir.Value | None = None
         self._scope = ""
         self._counts: dict[str, int] = {}
         self.tapped: dict[tuple[str, ...], str] = {}
@@ -137,6 +139,7 @@ class GraphBuilder:
     def embed(self, name: str, tokens: ir.Value, scale: float = 1.0, tied: bool = False) -> ir.Value:
         """Rows of the table `name` [vocab, hidden] at `tokens`, times `scale`; `tied` says that it is the head too."""
         table = self.weights.matrix((name,), "head" if tied else "embedding")
+        assert table.values is not None  # no table is stacked
         if table.layout is not None:
             return self.op(
                 "QuantizedRows", tokens, self._external(table.values), domain=KERNELS, factor=float(scale),
@@ -174,6 +177,14 @@ class GraphBuilder:
         self, matrix: Matrix, x: ir.Value, norm: Norm | None = None, bias: ir.Value | None = None,
         residual: ir.Value | None = None, activation: int = 0,
     ) -> ir.Value:  # fmt: skip
+        if matrix.stacked is not None:
+            return self.op(
+                "StackedLinear", x, self._stack(), norm.weight if norm else None, bias, residual, domain=KERNELS,
+                epsilon=norm.epsilon if norm else 0.0, activation=activation, inputs=matrix.inputs,
+                outputs=matrix.outputs, matrix=matrix.stacked, rank=matrix.rank,
+                rotated=int(matrix.inputs % BLOCK == 0),
+            )  # fmt: skip
+        assert matrix.values is not None
         values = self._external(matrix.values)
         if matrix.layout is not None:
             return self.op(
@@ -184,6 +195,12 @@ class GraphBuilder:
         for term in (bias, residual):
             y = y if term is None else self.op("Add", y, term)
         return y
+
+    def _stack(self) -> ir.Value:
+        """The input that names the stack: a handle that the kernels know."""
+        if self._stack_input is None:
+            self._stack_input = self.input("stack", "int64", [1])
+        return self._stack_input
 
     def _external(self, stored: Stored) -> ir.Value:
         if stored.name not in self._initializers:

@@ -82,11 +82,13 @@ def compare(
 
         with whole(graph, weights, places, folder) as opened:
             if not card.has_head:
-                measured = _streams(opened, expected, given, step)
+                measured = _streams(opened, expected, given, step)  # no part has a stack
             else:
                 with expected.end(ends) as head:
-                    measure = _embeddings if card.task == "embed" else _logits
-                    measured = measure(head, opened, expected, rows, given, step)
+                    if card.task == "embed":
+                        measured = _embeddings(head, opened, expected, rows, given, step)
+                    else:
+                        measured = _logits(head, opened, expected, rows, given, step, weights.handle)
     progress(Event("parity", total, total, "", "steps"))
     divergent = (block for block, error in zip(blocks, errors, strict=True) if error > DIVERGED)
     return Parity(
@@ -95,9 +97,8 @@ def compare(
     )  # fmt: skip
 
 
-def _stretches(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.ndarray]:
-    """Token ids of stretches of the text, spread over it, then of the prompts: the longest first, so that buffers grow
-    once."""
+def stretches(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.ndarray]:
+    """Token ids of stretches of the text, spread over it."""
     length = min(ROW, card.max_context, tokens)
     start = [card.bos] if card.add_bos and card.bos >= 0 else []
     count = max(1, round(tokens / length))
@@ -106,8 +107,14 @@ def _stretches(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list
         # No tokenizer here makes fewer than one token of eight characters on prose
         piece = text[index * len(text) // count :][: 8 * length]
         found.append([*start, *tokenizer.encode(piece[piece.find(" ") + 1 :], special=False)][:length])
-    found += [tokenizer.encode(prompt)[:length] for prompt in PROMPTS]
     return [np.array(ids, np.int64) for ids in found]
+
+
+def _stretches(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.ndarray]:
+    """Stretches, then the prompts: the longest first, so that buffers grow once."""
+    found = stretches(tokenizer, card, text, tokens)
+    prompts = [np.array(tokenizer.encode(prompt)[: len(found[0])], np.int64) for prompt in PROMPTS]
+    return found + prompts
 
 
 def _texts(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.ndarray]:
@@ -172,12 +179,13 @@ def _streams(opened: Session, walk: Walk, given: Sequence[np.ndarray], step) -> 
 
 
 def _logits(
-    head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarray], given: Sequence[np.ndarray], step
-) -> dict:
+    head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarray], given: Sequence[np.ndarray], step,
+    stack: int | None,
+) -> dict:  # fmt: skip
     """Figures of a language model: the graph takes what it is `given` of every text (the tokens or, of a later part,
     the stream) in chunks, the source's head takes its last stream."""
     card = walk.card
-    decoder = Decoder(opened, card, Cache(card, max(map(len, rows)), 1), CHUNK)
+    decoder = Decoder(opened, card, Cache(card, max(map(len, rows)), 1), CHUNK, stack)
     most = absolute = divergence = 0.0
     agreed = predicted = 0
     losses = np.zeros(2)

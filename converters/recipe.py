@@ -9,12 +9,14 @@ import json
 import math
 import tomllib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from shoal.runtime.errors import UsageError
 from shoal.runtime.kernels.layout import BLOCK, MAX_SPAN, LinearFormat
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "bitstack")
+SORTS = ("proxy", "average", "greedy", "random")
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,47 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Ladder:
+    """The steps of a stacked matrix, of which a device has as many as it has memory for. The `first` are blocks of
+    signs and factors, chosen together and always there. `rungs` are whole matrices, each in place of all before it (the
+    first of them is always there where there are no first blocks). Then come `blocks` on top. The factors' `rank` is
+    1, 2 or 4 by error per byte where it is 0. `sort` orders the steps of all matrices: by `proxy` (calibrated errors),
+    `average` and `greedy` (measured perplexities, thousands of them), or `random`."""
+
+    first: int = 2
+    rungs: tuple[Format, ...] = ()
+    blocks: int = 6
+    rank: int = 0
+    sort: str = "proxy"
+
+    @property
+    def floor(self) -> int:
+        """How many steps a matrix always has."""
+        return self.first or 1
+
+    def __post_init__(self):
+        if any(rung.bits == 32 for rung in self.rungs) or len(self.rungs) > 8:
+            raise _refuse("ladder has a rung of 32 bits, or more than 8 rungs", "rungs of 2 to 8 bits")
+        if any(more.bits <= less.bits for less, more in pairwise(self.rungs)):
+            raise _refuse("ladder's rungs do not rise", "from few bits to many")
+        if not 0 <= self.blocks <= 16:
+            raise _refuse(f"ladder has {self.blocks} blocks", "0 to 16 of them")
+        if not (0 if self.rungs else 1) <= self.first <= 4:
+            raise _refuse(f"ladder's first is {self.first}", "1 to 4, or 0 with rungs")
+        if not 0 <= self.rank <= 16:
+            raise _refuse(f"ladder's rank is {self.rank}", "0 to 16")
+        if self.sort not in SORTS:
+            raise _refuse(f"ladder's sort is {self.sort!r}", "one of " + ", ".join(SORTS))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """`linear` is the format of the blocks' matrices, `embedding` and `head` have their own (one matrix that is both is
     in the head's, since every step reads it whole); the first of `rules` whose pattern matches a tensor's name outranks
     them. `method` rounds: `rtn` to nearest, `gptq` with second-order error feedback from calibration text (Frantar et
-    al. 2022). `smooth` first moves what makes channels unequal out of the activations into the weights (Xiao et al.
-    2023), by calibration text too."""
+    al. 2022), and `bitstack` makes a `ladder` of the blocks' matrices (Wang et al. 2024) unless a rule names one.
+    `smooth` first moves what makes channels unequal out of the activations into the weights (Xiao et al. 2023), by
+    calibration text too."""
 
     name: str = "fp32"
     version: int = 1
@@ -93,8 +130,11 @@ class Recipe:
     method: str = "rtn"
     smooth: bool = False
     calibration: Calibration = field(default_factory=Calibration)
+    ladder: Ladder | None = None
 
     def __post_init__(self):
+        if (self.method == "bitstack") != (self.ladder is not None) or (self.ladder and self.smooth):
+            raise _refuse("method and ladder do not go together", "method bitstack with a ladder and without smooth")
         if self.version != 1:
             raise _refuse(f"version is {self.version!r}", "1")
         if self.method not in METHODS:
@@ -103,6 +143,11 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         return self.smooth or self.method != "rtn"
+
+    def stacks(self, tensor: str, role: str) -> bool:
+        """Whether this tensor is stacked."""
+        ruled = any(fnmatch.fnmatchcase(tensor, pattern) for pattern, _ in self.rules)
+        return self.ladder is not None and role == "linear" and not ruled
 
     def format(self, tensor: str, role: str = "linear") -> Format:
         """The format of `tensor`; `role` is linear, embedding or head."""
@@ -123,7 +168,16 @@ NAMED = {
     "int8": Recipe("int8", linear=_INT8, embedding=_INT8, head=_INT8, smooth=True),
     "int4": Recipe("int4", linear=_INT4, embedding=_TABLE, head=_INT4, smooth=True),
     "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_TABLE, head=_INT4, method="gptq"),
-}
+    "int3-gptq": Recipe("int3-gptq", linear=Format(3), embedding=_TABLE, head=_INT4, method="gptq"),
+    "int2-gptq": Recipe("int2-gptq", linear=Format(2), embedding=_TABLE, head=_INT4, method="gptq"),
+    "bitstack": Recipe(
+        "bitstack", linear=_INT4, embedding=_TABLE, head=_INT4, method="bitstack", ladder=Ladder()
+    ),
+    "hybrid": Recipe(
+        "hybrid", linear=_INT4, embedding=_TABLE, head=_INT4, method="bitstack",
+        ladder=Ladder(rungs=(Format(3), Format(4)), blocks=4),
+    ),
+}  # fmt: skip
 
 
 def load(recipe: "str | Path | Recipe") -> Recipe:
@@ -158,11 +212,22 @@ def _recipe(raw: dict) -> Recipe:
             raw[key] = _table(Format, raw[key], key)
     if "calibration" in raw:
         raw["calibration"] = _table(Calibration, raw["calibration"], "calibration")
+    if "ladder" in raw:
+        raw["ladder"] = _ladder(raw["ladder"])
     rules = raw.pop("rules", {})
     if not isinstance(rules, dict):
         raise _refuse("rules is not a table", 'lines such as "*.down_proj.weight" = { bits = 8 }')
     raw["rules"] = tuple((pattern, _table(Format, rule, pattern)) for pattern, rule in rules.items())
     return _table(Recipe, raw, "recipe")
+
+
+def _ladder(raw) -> Ladder:
+    rungs = raw.get("rungs", ()) if isinstance(raw, dict) else ()
+    if not isinstance(rungs, list | tuple):
+        raise _refuse("ladder.rungs is not a list", "a list of tables such as { bits = 2 }")
+    if isinstance(raw, dict):
+        raw = {**raw, "rungs": tuple(_table(Format, rung, "ladder.rungs") for rung in rungs)}
+    return _table(Ladder, raw, "ladder")
 
 
 def _table(cls, raw, where: str):

@@ -78,7 +78,7 @@ def parity_from_json(data: bytes) -> dict[str, Parity | None]:
 class Report:
     """`seconds` by stage; bytes of the source and the bundle; `peak_bytes` is the most private memory that the process
     held (0 where the system does not tell); `parity` and `baseline` compare with the source, the second rounded to
-    nearest where the recipe is cleverer."""
+    nearest where the recipe is cleverer; `tried` has the perplexities by which auto chose."""
 
     bundle: str
     source: str
@@ -91,6 +91,7 @@ class Report:
     peak_bytes: int = 0
     parity: dict | None = None
     baseline: dict | None = None
+    tried: dict[str, float] | None = None
 
     def to_dict(self) -> dict:
         return dict(vars(self))
@@ -106,6 +107,9 @@ class Report:
             ("size", f"{self.source_bytes / mib:.1f} MiB -> {self.bundle_bytes / mib:.1f} MiB"),
             ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())),
         ]
+        if self.tried:
+            figures = ", ".join(f"{name} {value:.2f}" for name, value in self.tried.items())
+            found.append(("chosen among", f"{figures} (perplexity at this size)"))
         if self.peak_bytes:
             found.append(("peak memory", f"{self.peak_bytes / mib:.0f} MiB private"))
         for label, values in (("parity", self.parity), ("rounded to nearest", self.baseline)):

@@ -92,7 +92,8 @@ class Walk:
         graph = self.graph(blocks, stored.weights).serialize()
         with opened(graph, stored.places, stored.repack) as session:
             for index, x in enumerate(self.hidden):
-                self.hidden[index] = session.run(self.feeds(x, blocks), ["hidden_out"])["hidden_out"]
+                feeds = self.feeds(x, blocks) | _of(stored.weights.feeds, session)
+                self.hidden[index] = session.run(feeds, ["hidden_out"])["hidden_out"]
 
     def inputs(self, blocks: range, stored: Stored | Scratch) -> Iterator[dict[Names, np.ndarray]]:
         """For each text the input, fp32 [tokens, inputs], of every product of `blocks`, by its matrices' names; behind
@@ -131,3 +132,8 @@ class Walk:
             feeds[f"cos_{index}"], feeds[f"sin_{index}"] = rotary(rope, length)
         empty = np.zeros((1, self.card.kv_heads, length, self.card.head_dim), np.float32)
         return feeds | {f"past_{part}_{block}": empty for block in blocks for part in ("key", "value")}
+
+
+def _of(feeds: Mapping[str, np.ndarray], session: Session) -> dict[str, np.ndarray]:
+    """Those that the graph takes."""
+    return {name: array for name, array in feeds.items() if name in session.inputs}

@@ -16,6 +16,7 @@ from shoal.runtime.errors import ConvertError
 from shoal.runtime.events import Event, Progress, silent
 from shoal.runtime.kernels.layout import PANEL, Codes, LinearFormat, pack
 
+from .bitstack.stacks import Stacks, gated_order
 from .quantize import gptq, rtn
 from .recipe import Format, Recipe
 
@@ -43,15 +44,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix [outputs, inputs]: `values` are fp32 [outputs, inputs], or bytes as `layout` has them. Of one that is
-    `gated` the panels are a gate's and its up's in turn."""
+    """A matrix [outputs, inputs]: `values` are fp32 [outputs, inputs], or bytes as `layout` has them, or None where it
+    is in the stack, as matrix `stacked` of it with blocks of `rank`. Of one that is `gated` the panels are a gate's and
+    its up's in turn."""
 
     format: Format
     outputs: int
     inputs: int
-    values: Stored
+    values: Stored | None
     layout: LinearFormat | None = None
     gated: bool = False
+    stacked: int | None = None
+    rank: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,30 @@ class Factors:
 class Weights:
     """The store. `source` has tensors() and read(name, start, stop); `factors` apply before anything is rounded;
     `hessians` maps a matrix's names to the inputs' second moments [inputs, inputs], which the recipe's method uses
-    where it finds them."""
+    where it finds them. What the recipe stacks goes to `stacks`."""
 
     def __init__(
-        self, source, recipe: Recipe, sink: Sink, progress: Progress = silent, factors: Factors | None = None
+        self, source, recipe: Recipe, sink: Sink, progress: Progress = silent, factors: Factors | None = None,
+        stacks: Stacks | None = None,
     ):  # fmt: skip
         self.source, self.recipe, self.sink, self.progress = source, recipe, sink, progress
-        self.factors = factors or Factors()
+        self.factors, self.stacks = factors or Factors(), stacks
         self.hessians: dict[tuple[str, ...], np.ndarray] = {}
         self.shapes = {name: info.shape for name, info in source.tensors().items()}
         self.matrices: dict[tuple[str, ...], Matrix] = {}
         self._plain: dict[tuple[str, ...], Stored] = {}
         self._total = sum(math.prod(shape) for shape in self.shapes.values()) * 4
         self._done = 0
+
+    @property
+    def handle(self) -> int | None:
+        """What a graph's input `stack` is given; None where nothing is stacked."""
+        return self.stacks.handle if self.stacks is not None and self.stacks.matrices else None
+
+    @property
+    def feeds(self) -> dict[str, np.ndarray]:
+        """What graphs over these weights need beside what every graph does."""
+        return {} if self.handle is None else {"stack": np.array([self.handle], np.int64)}
 
     @property
     def exact(self) -> bool:
@@ -102,13 +117,17 @@ class Weights:
         """The matrices `names` [outputs, inputs] stacked by rows, in the recipe's format for the first name. With
         `gated` they are a gate and its up, whose panels alternate where the format has panels and these are whole."""
         if names not in self.matrices:
-            self.matrices[names] = self._store(names, self.recipe.format(names[0], role), gated)
+            self.matrices[names] = self._store(names, role, gated)
         return self.matrices[names]
 
-    def _store(self, names: tuple[str, ...], format: Format, gated: bool) -> Matrix:
+    def _store(self, names: tuple[str, ...], role: str, gated: bool) -> Matrix:
+        format = self.recipe.format(names[0], role)
         inputs = self.shapes[names[0]][1]
         outputs = sum(self.shapes[name][0] for name in names)
         label = "+".join((names[0], *(name.rsplit(".", 2)[-2] for name in names[1:])))
+        gated = gated and not self.shapes[names[0]][0] % PANEL
+        if self.stacks is not None and self.recipe.stacks(names[0], role):
+            return self._stack(self.stacks, names, format, label, gated)
         start = self._align()
         if format.bits == 32:
             for rows in self._slices(names):
@@ -124,13 +143,21 @@ class Weights:
             for rows in self._slices(names):
                 yield rounding.quantize(rows) if rounding else rtn.quantize(rows, format)
 
-        gated = gated and not self.shapes[names[0]][0] % PANEL
         parts = map(_alternating, rounded(names[:1]), rounded(names[1:])) if gated else rounded(names)
         for codes in _whole_panels(parts):
             self.sink.write(pack(layout, codes))
         return Matrix(
             format, outputs, inputs, Stored(label, "uint8", (layout.bytes,), start, layout.bytes), layout, gated
         )
+
+    def _stack(self, stacks: Stacks, names: tuple[str, ...], format: Format, label: str, gated: bool) -> Matrix:
+        def rows() -> np.ndarray:
+            whole = np.concatenate(list(self._slices(names)))
+            return whole[gated_order(len(whole) // 2)] if gated else whole
+
+        at = stacks.add(label, rows, self.hessians.get(names))
+        one = stacks.matrices[at]
+        return Matrix(format, one.outputs, one.inputs, None, gated=gated, stacked=at, rank=stacks.rank(at))
 
     def _slices(self, names: tuple[str, ...]) -> Iterator[np.ndarray]:
         for name in names:

@@ -19,6 +19,7 @@ SHORTEST_CONTEXT = 64
 CHUNKS = (256, 128, 64, 32)
 _ARENA = 1.22
 _PASSING = 6 * MIB
+_MOMENTS = 0.015  # of all else: a stack that left more room for what comes for moments would not follow its budget
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Sizes:
     each token of a step, `repacked` mapped from the prepared cache, `private` copies that the engine makes where
     nothing is prepared, `tokenizer`, the engine's own, `session`, and its `code`, touched for the first time. `cold` is
     what is read or held only while the model is prepared and opened, before there is a cache or an activation. `graph`
-    is fused (our own operators, which keep least between two of them), lowered (the same in the engine's) or plain."""
+    is fused (our own operators, which keep least between two of them), lowered (the same in the engine's) or plain. Of
+    a `stack` there are the bytes of its first 0, 1, 2, .. entries, and the model needs `floor` of these to run."""
 
     weights: int
     row: int = 0
@@ -49,6 +51,8 @@ class Sizes:
     code: int = 51 << 18
     cold: int = 0
     graph: str = "plain"
+    stack: tuple[int, ...] = (0,)
+    floor: int = 0
 
     @property
     def opening(self) -> int:
@@ -58,7 +62,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows and the choices behind them. Lengths are tokens; `memory` is the budget in bytes, None for none."""
+    """Rows and the choices behind them. Lengths are tokens; `memory` is the budget in bytes, None for none; `entries`
+    are those of the stack, where there is one."""
 
     rows: tuple[Row, ...]
     context: int
@@ -66,6 +71,7 @@ class Plan:
     chunk: int
     kv: str
     memory: int | None = None
+    entries: int = 0
 
     @property
     def total(self) -> int:
@@ -88,16 +94,22 @@ class Plan:
         return {
             "rows": [vars(row) for row in self.rows], "total": self.total, "anonymous": self.anonymous,
             "memory": self.memory, "context": self.context, "slots": self.slots, "chunk": self.chunk, "kv": self.kv,
+            "entries": self.entries,
         }  # fmt: skip
 
 
 def plan(
     card: Card, sizes: Sizes, *, memory: int | None = None, context: int | None = None, slots: int = 1,
     kv: str = "fp32", chunk: int | None = None, shortest: int = SHORTEST_CONTEXT, loaded: bool = False,
+    keep: int | None = None, entries: int | None = None,
 ) -> Plan:  # fmt: skip
     """Decides what goes where. Without `context` it is the longest that fits `memory` (up to the model's own, or
     4096 where there is no budget); without `chunk` the largest that leaves room for `context`. Of a model that is
-    `loaded` only the context can change, so only that is offered where it does not fit.
+    `loaded` only the context and the stack can change, so only that is offered where it does not fit.
+
+    A stack takes the largest prefix that fits, or `entries` of it. Beside it, without `context`, memory that shrinks
+    first costs context (from 4096 tokens down to 1024), then entries, and at the stack's floor context again; with
+    `keep`, the context that there is, first entries and at the floor context.
 
     Raises UsageError for impossible arguments and BudgetError, with the table, where it cannot fit.
     """
@@ -114,9 +126,19 @@ def plan(
     if context is not None and context > card.max_context:
         why = f"The model was trained for {card.max_context}."
         raise UsageError(f"A context of {context} tokens is asked for.", why, "Ask for less.")
+    stack = len(sizes.stack) - 1
+    if entries is not None and (type(entries) is not int or not sizes.floor <= entries <= stack):
+        why = f"This model's can have {sizes.floor} to {stack}."
+        raise UsageError(f"A stack of {entries!r} entries is asked for.", why, "Ask for as many as that.")
+    floor, whole = (sizes.floor, stack) if entries is None else (entries, entries)
 
-    def rows(length: int, block: int, kind: str = kv, count: int = slots) -> tuple[Row, ...]:
+    def rows(
+        length: int, block: int, entries: int = floor, kind: str = kv, count: int = slots
+    ) -> tuple[Row, ...]:  # fmt: skip
         found = [Row("weights", sizes.weights, "mapped")]
+        if stack:
+            least = ", its floor" if entries == sizes.floor else ""
+            found.append(Row("stack", sizes.stack[entries], "mapped", "elastic", f"{entries} of {stack} blocks{least}"))
         if sizes.repacked:
             found.append(Row("repacked weights", sizes.repacked, "mapped", note="prepared on this device"))
         if sizes.private:
@@ -133,37 +155,35 @@ def plan(
         # Rows of tables that a long step fetches, the sampler's arrays in double, and what the heap holds more of in
         # one run than in another
         passing = sizes.row * block + 16 * card.vocab * card.has_head + _PASSING
+        if stack:
+            passing = min(passing, int(_MOMENTS * sum(row.bytes for row in found)))
         found.append(Row("step peak", passing, "anonymous", note="at most, for moments"))
-        return tuple(row for row in found if row.bytes or row.name in ("weights", "activations"))
+        return tuple(row for row in found if row.bytes or row.name in ("weights", "activations", "stack"))
 
-    def total(length: int, block: int, **kinds) -> int:
-        return max(0 if loaded else sizes.opening, sum(row.bytes for row in rows(length, block, **kinds)))
+    def total(length: int, block: int, entries: int = floor, **kinds) -> int:
+        return max(0 if loaded else sizes.opening, sum(row.bytes for row in rows(length, block, entries, **kinds)))
 
-    def longest(block: int, most: int, limit: int) -> int:
-        """The longest context that fits `limit`, 0 where none does; bytes grow with it, so halving finds it."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if total(middle, block) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    def longest(block: int, most: int, limit: int, entries: int = floor) -> int:
+        """The longest context that fits `limit`, 0 where none does."""
+        return _largest(0, most, lambda length: total(length, block, entries) <= limit)
 
     chunks = (chunk,) if chunk else CHUNKS
     if memory is None:
-        length = context or min(card.max_context, DEFAULT_CONTEXT)
-        return Plan(rows(length, chunks[0]), length, slots, chunks[0], kv, None)
-    most = context or card.max_context
-    least = context or min(shortest, card.max_context)
+        length = context or keep or min(card.max_context, DEFAULT_CONTEXT)
+        return Plan(rows(length, chunks[0], whole), length, slots, chunks[0], kv, None, whole)
+    most = context or keep or card.max_context
+    least = context or min(shortest, most)
     for block in chunks:
         length = longest(block, most, memory)
         # A long chunk is worth less than room for a conversation
         if length >= (context or min(most, 1024)) or (block == chunks[-1] and length >= least):
+            if stack and not (context or keep):
+                length = max(min(length, 1024), longest(block, min(most, DEFAULT_CONTEXT), memory, whole))
             length = length if length == most or length < 64 else length // 64 * 64
-            return Plan(rows(length, block), length, slots, block, kv, memory)
+            blocks = _largest(floor, whole, lambda some, n=length, c=block: total(n, c, some) <= memory)
+            return Plan(rows(length, block, blocks), length, slots, block, kv, memory, blocks)
     block = chunks[-1]
-    refused = Plan(rows(least, block), least, slots, block, kv, memory)
+    refused = Plan(rows(least, block), least, slots, block, kv, memory, floor)
     fixes = []
     other = longest(block, most, memory)
     if other >= min(shortest, card.max_context):
@@ -184,6 +204,17 @@ def plan(
     )  # fmt: skip
     error.plan = refused  # type: ignore[assignment]
     raise error
+
+
+def _largest(low: int, high: int, fits) -> int:
+    """The largest number of low..high that fits, or `low`; bytes grow with it, so halving finds it."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def activation_bytes(card: Card, chunk: int, context: int, slots: int, graph: str = "plain") -> int:

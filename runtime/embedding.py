@@ -1,6 +1,8 @@
 """An encoder as an app sees it: texts in, one vector each out."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,6 +17,15 @@ class EmbeddingModel(Loaded):
     def __init__(self, parts: Parts, tokenizer: Tokenizer, graph):
         super().__init__(parts)
         self.tokenizer, self.graph = tokenizer, graph
+        # Beside a run nobody may change a stack
+        self._turn = threading.Lock() if self.stack else contextlib.nullcontext()
+        self._stack = {"stack": np.array([self.stack.handle], np.int64)} if self.stack else {}
+        if self.stack is not None:
+            self.stack.between = self._between
+
+    def _between(self, work: Callable[[], None]) -> None:
+        with self._turn:
+            work()
 
     def embed(self, texts: str | Sequence[str]) -> np.ndarray:
         """fp32 [texts, hidden]; a text beyond the model's context is cut at its end, as the original does.
@@ -40,7 +51,8 @@ class EmbeddingModel(Loaded):
             for row, index in enumerate(chosen):
                 tokens[row, : len(encoded[index])] = encoded[index]
                 mask[row, : len(encoded[index])] = 1
-            found[chosen] = self.graph.run({"tokens": tokens, "mask": mask})["embedding"]
+            with self._turn:
+                found[chosen] = self.graph.run({"tokens": tokens, "mask": mask, **self._stack})["embedding"]
         return found
 
     def count_tokens(self, text: str) -> int:
@@ -53,5 +65,6 @@ class EmbeddingModel(Loaded):
 
     def close(self) -> None:
         if not self.closed:
-            self.graph.close()
+            with self._turn:
+                self.graph.close()
         super().close()

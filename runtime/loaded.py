@@ -1,12 +1,15 @@
 """What every loaded model has: a card, a plan, its measured rows, and an end."""
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import measure
+from .bitstack.stack import Stack
 from .budget import Plan
 from .bundle import Bundle
 from .card import Card
-from .errors import BackendError
+from .errors import BackendError, UsageError
 from .prepack import Prepared
 from .session import LIBRARIES
 
@@ -19,6 +22,7 @@ class Parts:
     bundle: Bundle
     card: Card
     plan: Plan
+    replan: Callable[..., Plan]  # plans anew as for this load, but for what it is given
     mapped: dict[str, str] = field(default_factory=dict)  # row name -> path of the mapped file
     added: dict[str, int] = field(default_factory=dict)  # row name -> anonymous bytes
     placement: dict[str, int] = field(default_factory=dict)  # execution provider -> nodes
@@ -26,6 +30,7 @@ class Parts:
     products: list = field(default_factory=list)  # (place, offset, bytes) of the weights that our products read whole
     load_s: float = 0.0
     prepared: Prepared | None = None
+    stack: Stack | None = None
     kept: list = field(default_factory=list)  # what else is closed with the model
     base: int | None = None  # anonymous bytes when loading was done
     code: int | None = field(default_factory=lambda: measure.folder_rss(LIBRARIES))  # of the engine, before loading
@@ -47,11 +52,37 @@ class Loaded:
     def __init__(self, parts: Parts):
         self.parts, self.card, self.plan, self.bundle = parts, parts.card, parts.plan, parts.bundle
         self.closed = False
+        self._resizing = threading.Lock()  # who changes the plan of a live model takes turns
 
     @property
     def backend_nodes(self) -> dict[str, int]:
         """How many nodes of the graph each execution provider took."""
         return dict(self.parts.placement)
+
+    @property
+    def stack(self) -> Stack | None:
+        """The weights whose number may change while the model serves; None of a model that has none."""
+        return self.parts.stack
+
+    def set_entries(self, entries: int) -> Plan:
+        """Makes the first `entries` of the stack resident: exact control, to measure with; any thread, while it runs.
+
+        Raises UsageError where there is no such number of entries or no stack, BudgetError where the budget in force
+        has no room for it, and BundleError for an entry that is damaged; nothing has changed then.
+        """
+        with self._resizing:
+            self._open()
+            if self.stack is None:
+                raise UsageError(
+                    "The model has no stack.", "Its size is fixed.", "Convert it with the bitstack recipe."
+                )
+            plan = self.plan
+            plan = self.parts.replan(
+                memory=plan.memory, context=plan.context, chunk=plan.chunk, loaded=True, entries=entries
+            )
+            self.stack.set_entries(entries)
+            self.plan = plan
+            return plan
 
     def measure(self) -> dict[str, int | None]:
         """Bytes that each row of the plan holds now, by the kernel's own accounting; None where it does not tell."""
@@ -61,6 +92,10 @@ class Loaded:
                 found[row.name] = measure.mapped_rss(self.parts.mapped[row.name])
             else:
                 found[row.name] = self.parts.added.get(row.name)
+        if self.stack is not None:
+            found["stack"] = held = self.stack.resident()
+            weights = found["weights"]  # of the same file
+            found["weights"] = None if weights is None or held is None else max(0, weights - held)
         now, code = measure.anonymous_bytes(), measure.folder_rss(LIBRARIES)
         if code is not None and self.parts.code is not None:
             found["engine code"] = max(0, code - self.parts.code)
@@ -72,7 +107,7 @@ class Loaded:
         if not self.closed:
             self.closed = True
             self.bundle.close()
-            for part in (self.parts.prepared, *self.parts.kept):
+            for part in (self.parts.stack, self.parts.prepared, *self.parts.kept):
                 if part is not None:
                     part.close()
 

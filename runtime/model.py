@@ -10,14 +10,16 @@ from pathlib import Path
 
 from . import budget, measure, onnx_wire, prepack, session
 from .backends import choose
+from .bitstack.layout import Index, StackFormat
+from .bitstack.stack import Stack, read_index
 from .budget import Plan, Sizes
 from .bundle import Bundle
 from .bundle import Section as BundleSection
 from .card import Card
 from .embedding import EmbeddingModel
-from .errors import BudgetError, BundleError, StorageError, UsageError
+from .errors import BackendError, BudgetError, BundleError, StorageError, UsageError
 from .events import Event, Progress, silent
-from .kernels import available, lower
+from .kernels import DOMAIN, available, lower, missing
 from .language.cache import Cache
 from .language.decoder import Decoder
 from .language.model import LanguageModel
@@ -48,7 +50,7 @@ def load(
     folder that is full or cannot be used, which an event reports. `kernels` "ort" uses ONNX Runtime's own operators
     even where ours are there; it needs the cache. `profile` is the prefix of a file of the engine's timings, written by
     close(). With `part` the bundle may be a part of a language model (`shoal convert --blocks`), which is refused
-    otherwise; a whole one is then the part that has all blocks.
+    otherwise; a whole one is then the part that has all blocks. Of a stack as much is resident as fits.
     Raises BundleError, BudgetError, BackendError, UsageError, and StorageError where the budget has no room for that.
     """
     started = time.perf_counter()
@@ -67,15 +69,15 @@ def load(
         if part and card.task != "generate":
             raise UsageError(f"{path} is no part of a language model.", "It embeds text.", "Load it as it is.")
         graph_bytes, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
-        ours = _ours(kernels, graph_bytes, places)
-        sizes = _sizes(card, graph_bytes, places, prepare, ours)
+        ours, index = _ours(kernels, graph_bytes, places), _index(bundle, graph_bytes, places)
+        sizes = _sizes(card, graph_bytes, places, prepare, ours, index)
         size = budget.parse_size(memory)
 
         def replan(memory: int | None = size, context: int | None = context, **given) -> Plan:
             given = {"chunk": chunk} | given
             return budget.plan(card, sizes, memory=memory, context=context, slots=slots, kv=kv, **given)
 
-        parts = Parts(bundle, card, replan(), mapped={"weights": str(bundle.path)})
+        parts = Parts(bundle, card, replan(), replan, mapped={"weights": str(bundle.path)})
         before = measure.anonymous_bytes()
         takes_text = card.span.start == 0
         tokenizer = Tokenizer.from_json(bundle.bytes(bundle.section("tokenizer"))) if takes_text else None
@@ -90,7 +92,7 @@ def load(
             try:
                 parts.prepared = prepack.prepare(graph_bytes, places, key=bundle.digest, progress=progress)
             except StorageError as error:  # no cache to be had: as many bytes of private memory, and the plan says so
-                sizes = _sizes(card, graph_bytes, places, False, True)
+                sizes = _sizes(card, graph_bytes, places, False, True, index)
                 try:
                     parts.plan = replan()
                 except BudgetError as refused:
@@ -110,17 +112,21 @@ def load(
         parts.products = session.products(opened, places)
         parts.nodes = opened.nodes if profile is not None else ()
         parts.grew("private weights" if sizes.private else "engine", before)
+        if index is not None:
+            parts.stack = undo.enter_context(Stack(bundle))
+            parts.stack.set_entries(parts.plan.entries)
+        handle = parts.stack.handle if parts.stack else None
         made: LanguageModel | EmbeddingModel | Part
         if tokenizer and card.task == "embed":
             made = EmbeddingModel(parts, tokenizer, graph)
         else:
-            decoder = Decoder(graph, card, Cache(card, parts.plan.context, slots, kv), parts.plan.chunk)
+            decoder = Decoder(graph, card, Cache(card, parts.plan.context, slots, kv), parts.plan.chunk, handle)
             template = bundle.find("chat_template")
             chat = bundle.bytes(template).decode("utf-8", "replace") if template else ""
             if part or tokenizer is None:
                 made = Part(parts, tokenizer, chat, decoder)
             else:
-                made = LanguageModel(parts, tokenizer, chat, decoder, replan, queue)
+                made = LanguageModel(parts, tokenizer, chat, decoder, queue)
         parts.ready()
         parts.load_s = time.perf_counter() - started
         undo.pop_all()
@@ -135,9 +141,15 @@ def plan(
     with Bundle.open(path) as bundle:
         card = Card.from_json(bundle.bytes(bundle.section("card")))
         graph, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
-        sizes = _sizes(card, graph, places, prepare, _ours(kernels, graph, places))
+        ours, index = _ours(kernels, graph, places), _index(bundle, graph, places)
+        sizes = _sizes(card, graph, places, prepare, ours, index)
         size = budget.parse_size(memory)
         return budget.plan(card, sizes, memory=size, context=context, slots=slots, kv=kv, chunk=chunk)
+
+
+def sizes(card: Card, graph: bytes, places: dict[str, session.Place]) -> Sizes:
+    """What loading this graph would bring on this device, but for a stack, by its shapes alone."""
+    return _sizes(card, graph, places, True, _ours("auto", graph, places), None)
 
 
 def _places(bundle: Bundle) -> dict[str, session.Place]:
@@ -150,13 +162,47 @@ def _places(bundle: Bundle) -> dict[str, session.Place]:
 
 
 def _ours(kernels: str, graph: bytes, places: dict[str, session.Place]) -> bool:
-    """Whether this graph runs as it is: by our kernels, or because it has no operator of theirs. Raises UsageError."""
+    """Whether this graph runs as it is: by our kernels, or because it has no operator of theirs. Raises UsageError, and
+    BackendError for a stack without them."""
     if kernels not in ("auto", "ort"):
         raise UsageError(f"There are no kernels {kernels!r}.", "They are auto or ort.", "Name one.")
-    return (kernels == "auto" and available()) or not lower.is_ours(session.read(graph, places))
+    if kernels == "auto" and available():
+        return True
+    model = session.read(graph, places)
+    if _stacked(model):
+        raise BackendError(
+            "ONNX Runtime's own operators cannot run a stack.",
+            "Only shoal's kernels can: " + ("kernels='ort' excludes them." if available() else f"{missing()}."),
+            "Leave kernels at auto." if available() else "Install a C++ compiler and shoal again, or convert to int4.",
+        )  # fmt: skip
+    return not lower.is_ours(model)
 
 
-def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool, ours: bool) -> Sizes:
+def _stacked(model: onnx_wire.Model) -> list[onnx_wire.Node]:
+    return [node for node in model.nodes if node.domain == DOMAIN and node.op in ("StackedLinear", "StackedRows")]
+
+
+def _index(bundle: Bundle, graph: bytes, places: dict[str, session.Place]) -> Index | None:
+    """What the stack of this graph holds, checked against the graph; None where it has none. Raises BundleError."""
+    nodes = _stacked(session.read(graph, places))
+    if not nodes:
+        return None
+    index = read_index(bundle)
+    for node in nodes:
+        at = node.integers.get("matrix", -1)
+        found = index.matrices[at] if 0 <= at < len(index.matrices) else None
+        said = (found.inputs, found.outputs, found.rotated) if found else None
+        ranks = {step.rank for step in found.steps if isinstance(step, StackFormat)} if found else set()
+        here = tuple(node.integers.get(key, 0) for key in ("inputs", "outputs", "rotated"))
+        if here != said or ranks - {node.integers.get("rank", 0)}:
+            why = f"Of the matrix {at} its graph and its stack say different things."
+            raise BundleError("The bundle's stack cannot be used.", why, "Convert the checkpoint again.")
+    return index
+
+
+def _sizes(
+    card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool, ours: bool, index: Index | None
+) -> Sizes:  # fmt: skip
     """The bytes that loading this graph brings, by its shapes alone; unless it is `ours`, lowered."""
     model = session.read(graph, places)
     if not ours:
@@ -166,7 +212,7 @@ def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: 
         model = onnx_wire.read(lowered.graph, {name: place.length for name, place in places.items()})
     guess = prepack.estimate(model)
     tables = session.tables(model, places)
-    fused = any(node.op == "QuantizedLinear" for node in model.nodes)
+    fused = any(node.op in ("QuantizedLinear", "StackedLinear") for node in model.nodes)
     repacked = guess.repacked and guess.repacked + _PIECE * len(model.nodes)
     vectors = sum(table.row_bytes for table in tables.pop(ALWAYS))
     gathered = [table for found in tables.values() for table in found]
@@ -180,6 +226,8 @@ def _sizes(card: Card, graph: bytes, places: dict[str, session.Place], prepare: 
         cold=max(guess.cold, 3 * guess.largest) if prepare else guess.cold,
         graph="lowered" if not ours else "fused" if fused else "plain",
         code=_CODE if fused else Sizes.code,
+        stack=tuple(index.sizes()) if index else (0,),
+        floor=index.floor if index else 0,
     )
 
 

@@ -148,7 +148,7 @@ def measure_model(
     if not tests or repetitions < 1 or (sustained_s is not None and not 0 < sustained_s < math.inf):
         raise UsageError("Nothing would be measured.", "No test, repetition or second is left.", "Ask for some.")
     bundle, threads = str(bundle), threads or machine.threads()
-    card, recipe = _describe(bundle)
+    card, recipe = describe(bundle)
     needed = max(test.context for test in tests)
     if needed > card.max_context:
         why = f"The tests need {needed} tokens, the model was trained for {card.max_context}."
@@ -176,7 +176,7 @@ def measure_model(
             stage: None if peak.bytes is None or before is None else peak.bytes - before
             for stage, peak in (("loading", loading_peak), ("running", running_peak))
         }
-        stream = stack.enter_context(contextlib.closing(machine.Stream(_step_ranges(model), threads)))
+        stream = stack.enter_context(contextlib.closing(machine.Stream(step_ranges(model), threads)))
         load_beside = machine.Others()
         results, streamed = run([ours, *others], tests, repetitions, vocab=card.vocab, stream=stream, progress=progress)
         beside = load_beside.cores()
@@ -225,7 +225,7 @@ def rows(results: Sequence[Result], step_bytes: int, streamed: float | None) -> 
     return found
 
 
-def _describe(bundle: str):
+def describe(bundle: str):
     """The card and the recipe's name. Raises UsageError for what does not generate."""
     from shoal.runtime.bundle import Bundle
     from shoal.runtime.card import Card
@@ -243,11 +243,19 @@ def _describe(bundle: str):
     return card, name
 
 
-def _step_ranges(model) -> list[tuple[str, int, int]]:
-    """Where the weights lie that a decode step reads whole: what was prepared, and of the bundle the products'."""
+def step_ranges(model) -> list[tuple[str, int, int]]:
+    """Where the weights lie that a decode step reads whole, (path, offset, bytes): what was prepared, and of the bundle
+    the products' and what counts of the stack."""
     found = []
     if (prepared := model.parts.prepared) and prepared.repacked:
         found.append((str(prepared.path), 0, min(prepared.repacked, os.path.getsize(prepared.path))))
+    if stack := model.stack:
+        path, start = str(model.bundle.path), model.bundle.section("stack", "blocks").offset
+        live = [
+            one.live(count) for one, count in zip(stack.index.matrices, stack.index.counts(stack.entries), strict=True)
+        ]
+        entries = (entry for entry in stack.index.entries() if entry.step in live[entry.matrix])
+        found += [(path, start + entry.offset, entry.length) for entry in entries]
     return found + [(place.path, offset, length) for place, offset, length in model.parts.products]
 
 

@@ -71,10 +71,8 @@ class Arm(Protocol):
 class ShoalArm:
     """A loaded shoal model through its public API."""
 
-    name = "shoal"
-
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, name: str = "shoal"):
+        self.model, self.name = model, name
 
     def run(self, test: Test, ids: list[int]) -> Run:
         if test.kind == "pp" and test.depth:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.runtime import kernels, onnx_wire
+from shoal.runtime.bitstack.layout import entry_bytes
 from shoal.runtime.errors import UsageError
 from shoal.runtime.model import load
 
@@ -59,9 +60,10 @@ def profile(bundle: str, *, prompt: int, depth: int, steps: int = 16, threads: i
                     decoder.forward(0, ids[None, :count], [start], [count - 1])
                 nodes = {node.name: node for node in model.parts.nodes}
                 card, kv, weights = model.card, model.plan.kv, model.plan.rows[0].bytes
+                held = _held(model)
                 path = model.bundle.path
             (log,) = Path(folder).glob(f"{stage}*")
-            lines = _lines(json.loads(log.read_text()), nodes, card, kv, count, depth, done + _WARM)
+            lines = _lines(json.loads(log.read_text()), nodes, held, card, kv, count, depth, done + _WARM)
             found[stage] = [vars(line) for line in lines]
         size = min(weights, os.path.getsize(path))
         stream = machine.Stream([(str(path), 0, size)], threads)
@@ -71,7 +73,9 @@ def profile(bundle: str, *, prompt: int, depth: int, steps: int = 16, threads: i
     return found
 
 
-def _lines(events: list[dict], nodes: dict, card, kv: str, count: int, depth: int, skipped: int) -> list[Line]:
+def _lines(
+    events: list[dict], nodes: dict, held: list[int], card, kv: str, count: int, depth: int, skipped: int
+) -> list[Line]:
     """The mean step after the first `skipped` ones."""
     runs = sorted((e for e in events if e.get("name") == "model_run"), key=lambda event: event["ts"])[skipped:]
     begin, steps = runs[0]["ts"], len(runs)
@@ -85,7 +89,7 @@ def _lines(events: list[dict], nodes: dict, card, kv: str, count: int, depth: in
         line.count += 1
         line.ms += event["dur"] / 1e3
         if name in nodes:
-            read, products = _work(nodes[name], card, kv, count, depth)
+            read, products = _work(nodes[name], held, card, kv, count, depth)
             line.bytes += read
             line.products += products
     for line in lines.values():
@@ -94,8 +98,24 @@ def _lines(events: list[dict], nodes: dict, card, kv: str, count: int, depth: in
     return sorted(lines.values(), key=lambda line: -line.ms)
 
 
-def _work(node: onnx_wire.Node, card, kv: str, count: int, depth: int) -> tuple[int, int]:
-    """Bytes of weights or cache that a node reads, and its multiply-adds, in a step of `count` tokens after `depth`."""
+def _held(model) -> list[int]:
+    """Bytes of what is resident of each matrix of the stack."""
+    stack = model.stack
+    if stack is None:
+        return []
+    counts = stack.index.counts(stack.entries)
+    return [
+        sum(entry_bytes(one.steps[at]) for at in one.live(count))
+        for one, count in zip(stack.index.matrices, counts, strict=True)
+    ]
+
+
+def _work(node: onnx_wire.Node, held: list[int], card, kv: str, count: int, depth: int) -> tuple[int, int]:
+    """Bytes of weights or cache that a node reads, and its multiply-adds, in a step of `count` tokens after `depth`;
+    `held` are the bytes of each stacked matrix. Of a stack the multiply-adds are those of the matrix it adds up to."""
+    if node.op == "StackedLinear":
+        rows = 1 if node.name.startswith("head") else count
+        return held[node.integers["matrix"]], rows * node.integers["inputs"] * node.integers["outputs"]
     if node.op == "QuantizedLinear":
         names = ("inputs", "outputs", "bits", "group", "span", "rotated")
         format = kernels.LinearFormat(**{name: node.integers[name] for name in names})

@@ -1,6 +1,7 @@
 """Arguments that several verbs share, and the keywords that they become. Knows nothing about what a verb does."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 
@@ -12,17 +13,36 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON value on stdout and nothing else there")
 
 
-def add_loading(parser: argparse.ArgumentParser, slots: bool = True) -> None:
-    """What decides how much memory a loaded model uses."""
+def add_loading(parser: argparse.ArgumentParser, slots: bool = True, answers: bool = True) -> None:
+    """What decides how much memory a loaded model uses, and how that changes while it `answers`."""
     group = parser.add_argument_group("memory")
     group.add_argument("--memory", metavar="SIZE", help="all the model may use, such as 200MB or 1.5GiB")
     group.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer (default: what fits)")
+    if answers:
+        group.add_argument(
+            "--follow-memory", nargs="?", const=0, metavar="RESERVE", type=_size,
+            help="grow and shrink with the memory that is free, up to --memory, and leave RESERVE to others (128MiB)",
+        )  # fmt: skip
     if slots:
         group.add_argument("--slots", type=int, default=1, metavar="N", help="answers at the same time (default: 1)")
     group.add_argument("--kv", choices=("fp32", "fp16", "int8"), default="fp32", help="how keys and values are kept")
     group.add_argument(
         "--kernels", choices=("auto", "ort"), default="auto", help="ort: ONNX Runtime's operators, not shoal's own"
     )
+
+
+def follow(model, arguments: argparse.Namespace, on_change: Callable[[Any], None] | None = None) -> None:
+    """Where --follow-memory asks for it, makes `model` follow the free memory until it is closed; `on_change` is told
+    of each change. Raises UsageError for a model whose size is fixed."""
+    if arguments.follow_memory is None:
+        return
+    if model.card.task != "generate":
+        from .runtime.errors import UsageError
+
+        why = "A model that embeds has one size."
+        raise UsageError(f"{model.card.name} cannot follow the memory.", why, "Leave --follow-memory out.")
+    reserve = {"reserve": arguments.follow_memory} if arguments.follow_memory else {}
+    model.follow_memory(most=arguments.memory, on_change=on_change, **reserve)
 
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -73,6 +93,17 @@ def _count(text: str) -> int:
     if not 1 <= count < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least 1")
     return count
+
+
+def _size(text: str) -> int:
+    from .runtime.budget import parse_size
+    from .runtime.errors import UsageError
+
+    try:
+        return parse_size(text) or 0
+    except UsageError:  # an option whose value may be left out takes the next word for it, whatever that is
+        why = f"{text!r:.60} is not a size such as 100MB; without one, write the option last"
+        raise argparse.ArgumentTypeError(why) from None
 
 
 def speeds(stats) -> str:

@@ -117,6 +117,10 @@ class Service:
             for name, value in (("slots", desk.slots), ("slots_busy", desk.used - desk.waiting),
                                 ("queue_depth", desk.waiting), ("queue_limit", desk.queue)):  # fmt: skip
                 gauges.append((f"shoal_{name}", label, value))
+            if stack := served.model.stack:
+                for name, value in (("stack_entries", stack.entries), ("stack_bytes", stack.bytes),
+                                    ("stack_entries_limit", len(stack.index.order))):  # fmt: skip
+                    gauges.append((f"shoal_{name}", label, value))
         return PlainTextResponse(self.metrics.render(gauges), media_type="text/plain; version=0.0.4")
 
     # What is asked ----------------------------------------------------------------------------------------------------

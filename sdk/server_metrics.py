@@ -18,6 +18,9 @@ _HELP = {
     "shoal_slots_busy": ("gauge", "Requests that run now, by model."),
     "shoal_queue_depth": ("gauge", "Requests that wait for a slot, by model."),
     "shoal_queue_limit": ("gauge", "Requests that may wait, by model."),
+    "shoal_stack_entries": ("gauge", "Entries of its stack that a model computes with, by model."),
+    "shoal_stack_entries_limit": ("gauge", "Entries that the stack has, by model."),
+    "shoal_stack_bytes": ("gauge", "Bytes of the stack that are resident, by model."),
 }
 
 Labels = tuple[tuple[str, str], ...]

@@ -122,3 +122,9 @@ def smollm2_int8_bundle(smollm2_gguf, tmp_path_factory) -> Path:
 def minilm_bundle(minilm_folder, tmp_path_factory) -> Path:
     """`minilm_folder` in int8."""
     return _bundle(minilm_folder, tmp_path_factory, "minilm", "int8")
+
+
+@pytest.fixture(scope="session")
+def stacked_bundle(tiny_folder, tmp_path_factory) -> Path:
+    """`tiny_folder` as a stack of whole matrices and blocks."""
+    return _bundle(tiny_folder, tmp_path_factory, "tiny.stack", "hybrid")

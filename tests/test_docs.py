@@ -1,5 +1,5 @@
-"""The Python of README.md and docs/python.md is run as it stands: blocks in their order, on real models, beside an
-agent that has no edge."""
+"""The Python of README.md, docs/python.md and docs/bitstack.md is run as it stands: blocks in their order, on real
+models, beside an agent that has no edge."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ def agent(smollm2_bundle, tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def run_page(agent, smollm2_bundle, minilm_bundle, tiny_folder, tmp_path, monkeypatch, capsys):
+def run_page(agent, smollm2_bundle, minilm_bundle, stacked_bundle, tiny_folder, tmp_path, monkeypatch, capsys):
     """Runs a page's blocks in an empty folder; returns what they print."""
 
     def run(page: str) -> str:
@@ -44,7 +44,8 @@ def run_page(agent, smollm2_bundle, minilm_bundle, tiny_folder, tmp_path, monkey
         names: dict = {"__name__": page}
         for match in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
             block = match[1].replace('"model.gguf", "smollm2.shoal"', '"checkpoint", "model.shoal"')
-            for name, path in (("smollm2.shoal", smollm2_bundle), ("minilm.shoal", minilm_bundle)):
+            for name, path in (("smollm2.shoal", smollm2_bundle), ("minilm.shoal", minilm_bundle),
+                               ("model.bitstack.shoal", stacked_bundle)):  # fmt: skip
                 block = block.replace(f'"{name}"', repr(str(path)))
             line = text[: match.start(1)].count("\n")
             exec(compile("\n" * line + block, page, "exec"), names)  # an error names the page's line
@@ -64,9 +65,14 @@ def test_the_python_page_runs(run_page):
 
 def test_the_readme_runs(run_page):
     said = run_page("README.md")
-    assert re.search("(Yes|No) [0-9.]+ [0-9.]+$", said, re.M)
+    assert re.search("(Yes|No) [0-9.]+ [0-9.]+$", said, re.M) and re.search("^[0-9]+ of [0-9]+ entries$", said, re.M)
     assert said.endswith("\n[local]\n")
     assert Path("model.shoal").exists()
+
+
+def test_the_page_on_stacks_runs(run_page):
+    said = run_page("docs/bitstack.md")
+    assert re.search("^[0-9]+ of [0-9]+ entries, [0-9]+ bytes$", said, re.M) and "elastic" in said
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -25,21 +25,38 @@ _BLOCK = 256  # inputs whose carried errors are one product; a multiple of every
 _ROOM = 1.06  # by which carried weights may pass the widest of a span as it was
 
 
-class Rounding:
-    """Rounds matrices whose inputs have the second moments `hessian`, fp32 [inputs, inputs], which it may overwrite.
+class Feedback:
+    """What inputs with the second moments `hessian`, fp32 [inputs, inputs], which it may overwrite, say about errors:
+    `factor` [n, n] is R over its diagonal, `roots` [n]; `scale` [n] is each input's root mean square, but for a factor.
+    n is `inputs`, those beyond the hessian's never fired; with `rotated` they are what rotated inputs have.
 
-    Inputs that never fired (zero rows) are rounded to nearest. Raises ConvertError for moments that cannot be: not
-    square, not finite, or negative beyond what damping mends.
+    Raises ConvertError for moments that cannot be: not square, not finite, or negative beyond what damping mends.
     """
 
-    def __init__(self, hessian: np.ndarray, format: Format):
-        self.format = format
-        layout = format.layout(max(1, len(hessian)), 1)
-        self.factor = _padded(hessian, layout.groups * layout.group)
-        if layout.rotated:
+    def __init__(self, hessian: np.ndarray, inputs: int, rotated: bool):
+        self.factor = _padded(hessian, inputs)
+        if rotated:
             _rotate(self.factor)
+        self.scale = np.sqrt(self.factor.diagonal())
         self.roots = _damped_cholesky(self.factor)
         self.factor /= self.roots[:, None]
+
+    def moments(self, inputs: int) -> np.ndarray:
+        """The moments of the first inputs again, damped: fp32 [inputs, inputs]."""
+        root = self.factor[:inputs, :inputs] * self.roots[:inputs, None]
+        return root.T @ root
+
+
+class Rounding:
+    """Rounds matrices whose inputs have these moments: as Feedback has them, of the format's groups, or takes them.
+    Inputs that never fired (zero rows) are rounded to nearest."""
+
+    def __init__(self, moments: "np.ndarray | Feedback", format: Format):
+        self.format = format
+        if isinstance(moments, np.ndarray):
+            layout = format.layout(max(1, len(moments)), 1)
+            moments = Feedback(moments, layout.groups * layout.group, bool(layout.rotated))
+        self.factor, self.roots = moments.factor, moments.roots
 
     def quantize(self, rows: np.ndarray) -> Codes:
         """Codes of fp32 [outputs, inputs], finite; each row is rounded by itself, so a matrix may come in slices."""

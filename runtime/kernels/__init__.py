@@ -7,15 +7,20 @@ all the same: lower.py says a graph in ONNX Runtime's own operators. It knows no
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import BackendError, UsageError
 from .layout import LinearFormat
 
+if TYPE_CHECKING:
+    from ..bitstack.layout import StackFormat
+
 DOMAIN = "shoal"
-OPERATORS = frozenset({"QuantizedLinear", "QuantizedRows", "CachedAttention"})
+OPERATORS = frozenset({"QuantizedLinear", "QuantizedRows", "CachedAttention", "StackedLinear", "StackedRows"})
 LIBRARY = Path(__file__).with_name("libshoal_kernels.so")
 _WHY = {1: "the format or the size of an array is impossible", 2: "memory ran out", 3: "this machine lacks that path",
         4: "a row is out of range"}  # fmt: skip
@@ -30,6 +35,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(LIBRARY))
         library.shoal_isa.restype = ctypes.c_char_p
         library.shoal_buffer_register.restype = ctypes.c_int64
+        library.shoal_stack_register.restype = ctypes.c_int64
         library.shoal_peak.restype = ctypes.c_double
     except (OSError, AttributeError) as error:
         return None, f"it cannot be loaded: {error}"
@@ -59,14 +65,8 @@ def linear(format: LinearFormat, weights: np.ndarray, x: np.ndarray, *, bias: np
            path: str = "", threads: int = 1) -> np.ndarray:  # fmt: skip
     """x fp32 [rows, inputs] times the matrix that `weights` uint8 hold: fp32 [rows, outputs], as QuantizedLinear."""
     format.check()
-    x = np.ascontiguousarray(x, np.float32)
+    x, bias = _rows(format, x), _bias(format, bias)
     weights = np.ascontiguousarray(weights, np.uint8)
-    if x.ndim != 2 or x.shape[1] != format.inputs:
-        raise UsageError(f"x has shape {x.shape}.", f"It must be [rows, {format.inputs}].", "Reshape it.")
-    if bias is not None:
-        bias = np.ascontiguousarray(bias, np.float32)
-        if bias.shape != (format.outputs,):
-            raise UsageError(f"bias has shape {bias.shape}.", f"It must be [{format.outputs}].", "Reshape it.")
     y = np.empty((len(x), format.outputs), np.float32)
     _done(_library().shoal_linear(
         path.encode() if path else None, *_numbers(format), _pointer(weights), ctypes.c_int64(weights.nbytes),
@@ -86,6 +86,63 @@ def rows(format: LinearFormat, weights: np.ndarray, ids: np.ndarray) -> np.ndarr
         _pointer(y),
     ))  # fmt: skip
     return y
+
+
+def stacked(format: "StackFormat", payloads: Sequence[np.ndarray], x: np.ndarray,
+            base_format: LinearFormat | None = None, base: np.ndarray | None = None, bias: np.ndarray | None = None,
+            path: str = "", threads: int = 1) -> np.ndarray:  # fmt: skip
+    """x fp32 [rows, inputs] times the matrix of these blocks on top of `base`: fp32 [rows, outputs], as
+    StackedLinear."""
+    x, bias = _rows(format, x), _bias(format, bias)
+    y = np.empty((len(x), format.outputs), np.float32)
+    with_blocks = _Blocks(format, payloads, base_format, base)
+    _done(_library().shoal_stacked(
+        path.encode() if path else None, *with_blocks.arguments, ctypes.c_int64(len(x)), _pointer(x), None,
+        ctypes.c_float(0), _pointer(bias), None, ctypes.c_int(0), _pointer(y), ctypes.c_int(threads),
+    ))  # fmt: skip
+    return y
+
+
+def stacked_rows(format: "StackFormat", payloads: Sequence[np.ndarray], ids: np.ndarray,
+                 base_format: LinearFormat | None = None, base: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+    """Rows `ids` of that matrix, fp32 [n, inputs], as StackedRows."""
+    ids = np.ascontiguousarray(ids, np.int64)
+    y = np.empty((ids.size, format.inputs), np.float32)
+    with_blocks = _Blocks(format, payloads, base_format, base)
+    _done(_library().shoal_stacked_rows(
+        *with_blocks.arguments, _pointer(ids), ctypes.c_int64(ids.size), _pointer(y)
+    ))  # fmt: skip
+    return y
+
+
+def choose_signs(carried: np.ndarray, left: np.ndarray, factor: np.ndarray, roots: np.ndarray,
+                 sizes: Sequence[np.ndarray], signs: Sequence[np.ndarray], threads: int = 2) -> float:  # fmt: skip
+    """For consecutive inputs, from the last to the first: the signs whose sum of +-sizes is nearest to what is
+    `carried` to an input, and that taken from what is `left`; all fp32 [inputs, outputs] with inputs as rows, `signs`
+    uint8. `factor` [inputs, inputs], upper triangular, may be a part of a larger matrix, says what an error is carried
+    on with. Returns the sum of (roots * what was missed)^2."""
+    inputs, outputs = left.shape
+    errors = np.zeros(-(-outputs // 64))
+    _done(_library().shoal_signs(
+        ctypes.c_int64(inputs), ctypes.c_int64(outputs), _pointer(carried), _pointer(left), _pointer(factor),
+        ctypes.c_int64(factor.strides[0] // 4), _pointer(roots), ctypes.c_int(len(sizes)), _pointers(sizes),
+        _pointers(signs), _pointer(errors), ctypes.c_int(threads),
+    ))  # fmt: skip
+    return float(errors.sum())
+
+
+def choose_signs_again(pull: np.ndarray, left: np.ndarray, moments: np.ndarray, sizes: Sequence[np.ndarray],
+                       signs: Sequence[np.ndarray], threads: int = 2) -> np.ndarray:  # fmt: skip
+    """The same for signs that are there: each input's are chosen again for the best, given all other errors, of which
+    `pull` is the moments' product with all that was left before. Returns by what the sums of +-sizes changed."""
+    inputs, outputs = left.shape
+    moved = np.empty_like(left)
+    _done(_library().shoal_signs_again(
+        ctypes.c_int64(inputs), ctypes.c_int64(outputs), _pointer(pull), _pointer(left), _pointer(moments),
+        ctypes.c_int64(moments.strides[0] // 4), ctypes.c_int(len(sizes)), _pointers(sizes), _pointers(signs),
+        _pointer(moved), ctypes.c_int(threads),
+    ))  # fmt: skip
+    return moved
 
 
 def read(data: np.ndarray, threads: int = 1) -> None:
@@ -119,6 +176,55 @@ class Buffer:
         _library().shoal_buffer_release(ctypes.c_int64(self.handle))
 
 
+class Stack:
+    """The blocks of `matrices` matrices, which a graph names by `handle`; `set` changes those of one between two runs.
+    It keeps their arrays alive, and nothing that was replaced."""
+
+    def __init__(self, matrices: int):
+        self._payloads: dict[int, list[np.ndarray]] = {}
+        self.handle = _library().shoal_stack_register(ctypes.c_int64(matrices))
+        if self.handle < 0:
+            raise BackendError("The stack cannot be registered.", f"It has {matrices} matrices.", "Close some stacks.")
+
+    def set(
+        self, matrix: int, payloads: Sequence[np.ndarray], base: tuple[LinearFormat, np.ndarray] | None = None
+    ) -> None:
+        """The blocks of `matrix` are these from now on, in this order, on top of `base`: its format and bytes."""
+        arrays = [_bytes(payload) for payload in payloads]
+        sizes = (ctypes.c_int64 * len(arrays))(*(array.nbytes for array in arrays))
+        format, below = (base[0].check(), _bytes(base[1])) if base else (LinearFormat(0, 0, 0, 0, 0), None)
+        count = ctypes.c_int64
+        if not _library().shoal_stack_set(
+            count(self.handle), count(matrix), _pointers(arrays), sizes, ctypes.c_int(len(arrays)), _pointer(below),
+            count(0 if below is None else below.nbytes), ctypes.c_int(format.bits), count(format.group),
+            count(format.span),
+        ):  # fmt: skip
+            why = f"It was closed, has no matrix {matrix}, or cannot hold {len(arrays)} blocks of one."
+            raise UsageError("The stack cannot be changed.", why, "Make a new one.")
+        self._payloads[matrix] = arrays if below is None else [*arrays, below]
+
+    def close(self) -> None:
+        """A graph that still names it is refused at its next run."""
+        _library().shoal_stack_release(ctypes.c_int64(self.handle))
+        self._payloads.clear()
+
+
+class _Blocks:
+    """Of a stacked matrix: what the C functions are given. The arrays live as long as this does."""
+
+    def __init__(self, format, payloads, base_format: LinearFormat | None, base):
+        count, small = ctypes.c_int64, ctypes.c_int
+        self._payloads = [_bytes(payload) for payload in payloads]
+        self._base = None if base is None else _bytes(base)
+        of = base_format.check() if base_format and base is not None else LinearFormat(0, 0, 0, 0, 0)
+        self.arguments = (
+            count(format.inputs), count(format.outputs), small(format.rank), small(format.rotated),
+            _pointers(self._payloads), count(min((one.nbytes for one in self._payloads), default=0)),
+            small(len(self._payloads)), small(of.bits), count(of.group), count(of.span), _pointer(self._base),
+            count(0 if self._base is None else self._base.nbytes),
+        )  # fmt: skip
+
+
 def _library() -> ctypes.CDLL:
     library, why = _loaded()
     if library is None:
@@ -139,6 +245,32 @@ def _numbers(format: LinearFormat) -> tuple:
         span,
         ctypes.c_int(format.rotated),
     )
+
+
+def _rows(format: "LinearFormat | StackFormat", x: np.ndarray) -> np.ndarray:
+    x = np.ascontiguousarray(x, np.float32)
+    if x.ndim != 2 or x.shape[1] != format.inputs:
+        raise UsageError(f"x has shape {x.shape}.", f"It must be [rows, {format.inputs}].", "Reshape it.")
+    return x
+
+
+def _bias(format: "LinearFormat | StackFormat", bias: np.ndarray | None) -> np.ndarray | None:
+    if bias is None:
+        return None
+    bias = np.ascontiguousarray(bias, np.float32)
+    if bias.shape != (format.outputs,):
+        raise UsageError(f"bias has shape {bias.shape}.", f"It must be [{format.outputs}].", "Reshape it.")
+    return bias
+
+
+def _bytes(data) -> np.ndarray:
+    """Any buffer's bytes, where they are if they lie together."""
+    view = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+    return np.ascontiguousarray(view, np.uint8)
+
+
+def _pointers(arrays: Sequence[np.ndarray]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
 
 
 def _pointer(array: np.ndarray | None) -> ctypes.c_void_p | None:

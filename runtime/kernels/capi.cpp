@@ -11,6 +11,8 @@
 #include "isa.h"
 #include "linear.h"
 #include "scratch.h"
+#include "stack_path.h"
+#include "own_threads.h"
 
 #define SHOAL_API extern "C" __attribute__((visibility("default")))
 
@@ -19,23 +21,6 @@ namespace {
 using namespace shoal;
 
 enum Problem { kDone = 0, kFormat = 1, kMemory = 2, kPath = 3, kRange = 4 };
-
-struct Threads {
-  int count;
-
-  Parallel parallel() { return {count, this, run}; }
-
-  static void run(void* pool, void (*work)(void*, int64_t), void* state, int64_t count) {
-    std::atomic<int64_t> next{0};
-    auto share = [&] {
-      for (int64_t i; (i = next++) < count;) work(state, i);
-    };
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min<int64_t>(static_cast<Threads*>(pool)->count, count); ++i) others.emplace_back(share);
-    share();
-    for (auto& other : others) other.join();
-  }
-};
 
 }  // namespace
 
@@ -74,6 +59,40 @@ SHOAL_API int shoal_linear_rows(int64_t inputs, int64_t outputs, int bits, int64
   for (int64_t i = 0; i < count; ++i)
     if (ids[i] < 0 || ids[i] >= outputs) return kRange;
   linear_rows(format, weights, ids, count, 1, y);
+  return kDone;
+}
+
+// The stacked matrix of `count` payloads, each of `payload_bytes`, on top of `base` (its format is bits, group and span;
+// null: none), times x: as shoal_linear.
+SHOAL_API int shoal_stacked(const char* path, int64_t inputs, int64_t outputs, int rank, int rotated,
+                            const uint8_t* const* payloads, int64_t payload_bytes, int count, int bits, int64_t group,
+                            int64_t span, const uint8_t* base, int64_t base_bytes, int64_t rows, const float* x,
+                            const float* norm, float epsilon, const float* bias, const float* residual, int activation,
+                            float* y, int threads) {
+  const StackFormat format{inputs, outputs, rank, rotated != 0};
+  const LinearFormat base_format{inputs, outputs, bits, group, span, rotated != 0};
+  if (!format.valid() || count < 0 || count > kStackLevels || (count && payload_bytes < format.bytes())) return kFormat;
+  if (base ? !base_format.valid() || base_bytes < base_format.bytes() : !count) return kFormat;
+  if (rows < 0 || activation < 0 || activation > 3) return kFormat;
+  if (activation && (outputs % (2 * kPanel) || bias || residual)) return kFormat;
+  const LinearPath* linear = path ? linear_path(path) : &linear_path();
+  const StackPath* stack = path ? stack_path(path) : &stack_path();
+  if (!linear || !stack) return kPath;
+  Threads pool{threads < 1 ? 1 : threads};
+  LinearCall call{rows, x, nullptr, norm, epsilon, bias, residual, static_cast<Activation>(activation), y};
+  return stack_linear(*linear, *stack, format, {&base_format, base, payloads, count}, call, pool.parallel()) ? kDone : kMemory;
+}
+
+SHOAL_API int shoal_stacked_rows(int64_t inputs, int64_t outputs, int rank, int rotated, const uint8_t* const* payloads,
+                                 int64_t payload_bytes, int count, int bits, int64_t group, int64_t span,
+                                 const uint8_t* base, int64_t base_bytes, const int64_t* ids, int64_t number, float* y) {
+  const StackFormat format{inputs, outputs, rank, rotated != 0};
+  const LinearFormat base_format{inputs, outputs, bits, group, span, rotated != 0};
+  if (!format.valid() || count < 0 || count > kStackLevels || (count && payload_bytes < format.bytes())) return kFormat;
+  if (base ? !base_format.valid() || base_bytes < base_format.bytes() : !count) return kFormat;
+  for (int64_t i = 0; i < number; ++i)
+    if (ids[i] < 0 || ids[i] >= outputs) return kRange;
+  stack_rows(format, {&base_format, base, payloads, count}, ids, number, 1, y);
   return kDone;
 }
 

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "stack_path.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -121,7 +122,8 @@ const LinearPath* linear_path(const char* name) {
   return is("scalar") ? &linear_scalar() : nullptr;
 }
 
-// The fast ones of `linear` use no tiles or matrix instructions here: those names mean the vectors they come with.
+// The fast ones of `linear` use no tiles or matrix instructions here and below: those names mean the vectors they come
+// with.
 const AttentionPath* attention_path(const char* name) {
   auto is = [name](const char* other) { return !std::strcmp(name, other); };
   if (is("amx")) return isa().amx ? attention_avx512() : nullptr;
@@ -130,6 +132,16 @@ const AttentionPath* attention_path(const char* name) {
   if (is("i8mm")) return isa().i8mm ? attention_neon() : nullptr;
   if (is("neon")) return isa().neon ? attention_neon() : nullptr;
   return is("scalar") ? &attention_scalar() : nullptr;
+}
+
+const StackPath* stack_path(const char* name) {
+  auto is = [name](const char* other) { return !std::strcmp(name, other); };
+  if (is("amx")) return isa().amx ? stack_avx512() : nullptr;
+  if (is("avx512")) return isa().avx512 ? stack_avx512() : nullptr;
+  if (is("avx2")) return isa().avx2 ? stack_avx2() : nullptr;
+  if (is("i8mm")) return isa().i8mm ? stack_neon() : nullptr;
+  if (is("neon")) return isa().neon ? stack_neon() : nullptr;
+  return is("scalar") ? &stack_scalar() : nullptr;
 }
 
 namespace {
@@ -150,6 +162,11 @@ const LinearPath& linear_path() {
 
 const AttentionPath& attention_path() {
   static const AttentionPath& path = fastest<AttentionPath>(attention_path);
+  return path;
+}
+
+const StackPath& stack_path() {
+  static const StackPath& path = fastest<StackPath>(stack_path);
   return path;
 }
 

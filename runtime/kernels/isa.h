@@ -13,9 +13,12 @@ const Isa& isa();
 
 struct LinearPath;
 struct AttentionPath;
+struct StackPath;
 const LinearPath& linear_path();        // the fastest
 const LinearPath* linear_path(const char* name);        // null where this machine lacks it
 const AttentionPath& attention_path();
 const AttentionPath* attention_path(const char* name);
+const StackPath& stack_path();
+const StackPath* stack_path(const char* name);
 
 }  // namespace shoal

@@ -20,10 +20,12 @@ _KEPT = 8  # shapes whose bindings stay: decode batches and the full chunk
 
 
 class Decoder:
-    """`graph` is an open session of the decode role; `chunk` is the most tokens that one prefill step takes."""
+    """`graph` is an open session of the decode role; `chunk` is the most tokens that one prefill step takes; `stack`
+    is the handle of the blocks that a stacked graph multiplies by."""
 
-    def __init__(self, graph: Session, card: Card, cache: Cache, chunk: int):
+    def __init__(self, graph: Session, card: Card, cache: Cache, chunk: int, stack: int | None = None):
         self.graph, self.card, self.cache, self.chunk = graph, card, cache, chunk
+        self.stack = None if stack is None else np.array([stack], np.int64)
         self._bound: OrderedDict[tuple, _Bound] = OrderedDict()
         self.tables = [rotary(rope, cache.context) for rope in card.ropes]
         self.logits = np.zeros((cache.slots if card.has_head else 0, card.vocab), np.float32)
@@ -95,6 +97,8 @@ class _Bound:
         binding.input("hidden" if card.span.start else "tokens", self.x)
         for name, array in (("last", self.last), ("total", self.total)):
             binding.input(name, array)
+        if decoder.stack is not None:
+            binding.input("stack", decoder.stack)
         for index, (cos, sin) in enumerate(decoder.tables):
             binding.input(f"cos_{index}", cos)
             binding.input(f"sin_{index}", sin)

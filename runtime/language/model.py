@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from .. import measure
 from ..budget import Plan, parse_size
@@ -24,15 +25,20 @@ from .scheduler import Request, Scheduler, Stats, Token
 from .stop import StopStrings
 from .tokens import Tokenizer
 
+if TYPE_CHECKING:
+    from ..bitstack.pressure import Watcher
+
 
 class LanguageModel(Prompts, Loaded):
     """Made by `shoal.load`. `card`, `plan`, `tokenizer`, `chat_template` say what it is."""
 
-    def __init__(self, parts, tokenizer: Tokenizer, chat_template: str, decoder: Decoder, replan, queue: int = 256):
+    def __init__(self, parts, tokenizer: Tokenizer, chat_template: str, decoder: Decoder, queue: int = 256):
         super().__init__(parts)
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.scheduler = Scheduler(decoder, queue=queue)
-        self._replan = replan
+        self._context = self.plan.context  # what is asked for, where a stack's floor leaves room for it
+        if self.stack is not None:
+            self.stack.between = self.scheduler.reweigh
 
     def generate(
         self, prompt: Prompt, *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
@@ -104,38 +110,78 @@ class LanguageModel(Prompts, Loaded):
         return self._constrainer.constrain(**grammar)
 
     def set_memory(self, memory: "int | str") -> Plan:
-        """Grows or shrinks the elastic rows to a new budget between two steps, while answers go on.
+        """Grows or shrinks the elastic rows to a new budget between two steps, while answers go on: the context or, of
+        a model that has one, the stack, and then the context only where not even the stack's floor fits beside it.
 
-        Raises BudgetError, and changes nothing, where live answers need more than would remain.
+        Reading and verifying blocks is done beside the steps, by this thread. Raises BudgetError, where live answers
+        need more than would remain, and BundleError for a damaged block; nothing has changed then.
         """
-        return self._resize(memory=parse_size(memory), context=None)
+        keep = self._context if self.stack is not None else None
+        return self._resize(memory=parse_size(memory), context=None, keep=keep)
+
+    def follow_memory(self, **options) -> "Watcher":
+        """Lets the budget follow the system's memory from now on, by itself; close() ends it, the model's does too.
+        `options` are those of bitstack.pressure.Watcher."""
+        from ..bitstack.pressure import Watcher
+
+        watcher = Watcher(self, **options)
+        self.parts.kept.append(watcher)
+        return watcher.start()
 
     def set_context(self, context: int) -> Plan:
-        """Like set_memory, by the length of the context."""
-        return self._resize(memory=self.plan.memory, context=context)
+        """Like set_memory, by the length of the context; within a budget the stack makes room for it."""
+        with self._resizing:
+            memory = self.plan.memory
+            entries = self.plan.entries if memory is None and self.stack is not None else None
+        plan = self._resize(memory=memory, context=context, entries=entries)
+        self._context = plan.context
+        return plan
 
     def _resize(self, **wanted) -> Plan:
-        def work() -> Plan:
+        with self._resizing:
+            self._open()
             # The engine keeps what a chunk took, so its length stays
-            plan = self._replan(**wanted, chunk=self.plan.chunk, loaded=True)
-            longest = self.scheduler.longest()
-            if plan.context <= longest:
-                error = BudgetError(
-                    f"The context cannot shrink to {plan.context} tokens now.", f"An answer under way holds {longest}.",
-                    "Wait for it to end, cancel it, or allow more memory.",
-                )  # fmt: skip
-                error.plan = plan
-                raise error
-            if plan.context != self.plan.context:
-                before = measure.anonymous_bytes()
-                self.scheduler.decoder.resize(plan.context)
-                after = measure.anonymous_bytes()
-                if self.parts.base is not None and before is not None and after is not None:
-                    self.parts.base += after - before
+            before, plan = self.plan, self.parts.replan(**wanted, chunk=self.plan.chunk, loaded=True)
+            # What shrinks makes room for what grows
+            steps = [self._move_cache, self._move_stack]
+            if plan.entries < before.entries:
+                self._refuse_shorter(plan)
+                steps.reverse()
+            try:
+                for step in steps:
+                    step(plan)
+            except BaseException:
+                for step in reversed(steps):
+                    step(before)
+                raise
             self.plan = plan
             return plan
 
-        return self.scheduler.exclusively(work)
+    def _move_stack(self, plan: Plan) -> None:
+        if self.stack is not None and plan.entries != self.stack.entries:
+            self.stack.set_entries(plan.entries)
+
+    def _move_cache(self, plan: Plan) -> None:
+        def work() -> None:
+            self._refuse_shorter(plan)
+            before = measure.anonymous_bytes()
+            self.scheduler.decoder.resize(plan.context)
+            after = measure.anonymous_bytes()
+            if self.parts.base is not None and before is not None and after is not None:
+                self.parts.base += after - before
+
+        if plan.context != self.scheduler.cache.context:
+            self.scheduler.exclusively(work)
+
+    def _refuse_shorter(self, plan: Plan) -> None:
+        longest = self.scheduler.longest()
+        if plan.context <= longest:
+            error = BudgetError(
+                f"The context cannot shrink to {plan.context} tokens now.", f"An answer under way holds {longest}.",
+                "Wait for it to end, cancel it, or allow more memory.",
+            )  # fmt: skip
+            error.plan = plan  # type: ignore[assignment]
+            raise error
 
     def measure(self) -> dict[str, int | None]:
         return super().measure() | self.scheduler.decoder.measure()

@@ -9,7 +9,7 @@ back after a lost link, or to another text, is nothing but a step. It knows noth
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,13 @@ class Part(Prompts, Loaded):
         self._tokenizer, self.chat_template, self._decoder = tokenizer, chat_template, decoder
         self.lengths = [0] * decoder.cache.slots
         self._turn = threading.RLock()
+        if self.stack is not None:
+            self.stack.between = self._between
+
+    def _between(self, work: Callable[[], None]) -> None:
+        """Runs what changes the stack between two steps; what slots hold stays, and is the caller's to go back from."""
+        with self._turn:
+            work()
 
     @property
     def takes_tokens(self) -> bool:
@@ -167,9 +174,10 @@ class Part(Prompts, Loaded):
 
     def close(self) -> None:
         with self._turn:
-            if not self.closed:
-                self._decoder.close()
-            super().close()
+            if self.closed:
+                return
+            self._decoder.close()
+        super().close()  # without the turn, for which who grows the stack may wait
 
 
 def load_part(path: str | Path, memory: int | str | None = None, **options) -> Part:

@@ -77,6 +77,7 @@ class Request:
     done: bool = False
     slot: int = -1
     prompt: int = 0
+    mixed: bool = False  # its row was begun with other weights
     begun: float = field(default_factory=time.perf_counter)
     first: float = 0.0
 
@@ -91,6 +92,7 @@ class Scheduler:
         self.decoder, self.queue = decoder, queue
         self._turn = threading.Condition()
         self._stepping = False
+        self._claims = 0  # who waits to work between two steps, and goes before the next one
         self._closed = False
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []  # the first `_decoding` of the slots decode together
@@ -151,13 +153,33 @@ class Scheduler:
     def exclusively(self, work: Callable[[], object]):
         """Runs `work` between two steps and returns its result: how a cache is resized while it serves."""
         with self._turn:
-            while self._stepping:
-                self._turn.wait(1.0)
-            self._stepping = True
+            self._claims += 1
+            try:
+                while self._stepping:
+                    self._turn.wait(1.0)
+                self._stepping = True
+            finally:
+                self._claims -= 1
         try:
             return work()
         finally:
             self._release()
+
+    def reweigh(self, work: Callable[[], object]):
+        """Like `exclusively`, for work that changes the model's weights: answers under way go on from what their rows
+        hold, but no later prompt begins with a row that other weights have made."""
+
+        def change() -> object:
+            result = work()
+            busy = {request.slot for request in self._active}
+            for request in self._active:
+                request.mixed = True
+            for slot, held in enumerate(self.cache.held):
+                if slot not in busy:
+                    held.clear()
+            return result
+
+        return self.exclusively(change)
 
     def close(self) -> None:
         """Ends every request: whoever still takes its tokens gets a BackendError, and later ones are refused."""
@@ -177,7 +199,7 @@ class Scheduler:
 
     def _take(self, request: Request, timeout: float) -> bool:
         with self._turn:
-            if self._stepping:
+            if self._stepping or self._claims:
                 self._turn.wait(timeout)
                 return False
             if request.ready or request.done:
@@ -211,6 +233,9 @@ class Scheduler:
         for request in [*self._active, *self._waiting]:
             if request.cancelled and not request.done:
                 self._finish(request, "cancelled")
+        for request in self._active:
+            if request.done and request.mixed:
+                self.cache.held[request.slot].clear()
         self._active = [request for request in self._active if not request.done]
         with self._turn:
             if any(request.done for request in self._waiting):
@@ -230,9 +255,12 @@ class Scheduler:
                     self._finish(request, "length")
                     continue
                 self._slide(request)
-            taken = {other.slot for other in self._active}
+            taken = {other.slot: other for other in self._active}
             free = [slot for slot in range(self.cache.slots) if slot not in taken]
-            shared = [common_prefix(held, request.ids) for held in self.cache.held]
+            shared = [
+                0 if slot in taken and taken[slot].mixed else common_prefix(held, request.ids)
+                for slot, held in enumerate(self.cache.held)
+            ]
             # The best row, and among equals the one that holds least
             request.slot = max(free, key=lambda slot: (shared[slot], -len(self.cache.held[slot])))
             best = max(range(self.cache.slots), key=lambda slot: shared[slot])

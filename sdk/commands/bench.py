@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="instead: each operator's time and bytes, against this machine's limits"
     )
+    parser.add_argument(
+        "--sizes", type=int, metavar="N", help="instead: the tests at N sizes of a stacked bundle, floor to all of it"
+    )
+    parser.add_argument("--beside", metavar="BUNDLE", help="with --sizes: another bundle, in turn with each size")
     options.add_json(parser)
     against = parser.add_argument_group("comparison")
     against.add_argument("--against", action="append", default=[], metavar="ENGINE=MODEL",
@@ -56,12 +60,16 @@ def run(arguments: argparse.Namespace, show) -> int:
 
     if not 0 <= arguments.threads <= 1024:
         raise UsageError(f"threads is {arguments.threads}.", "It must be from 0 to 1024.", "Correct it.")
+    if arguments.beside is not None and arguments.sizes is None:
+        raise UsageError("--beside was given without --sizes.", "It is compared size by size.", "Give both.")
     if arguments.profile:
         return _profile(arguments, show)
     tests = []
     for depth in arguments.depth:
         tests += [bench.Test("pp", tokens, depth) for tokens in arguments.prompt if tokens]
         tests += [bench.Test("tg", tokens, depth) for tokens in arguments.generate if tokens]
+    if arguments.sizes is not None:
+        return _sizes(arguments, list(dict.fromkeys(tests)), show)
     pythons: dict[str, str] = {}
     for text in arguments.against_python:
         engine, _, python = text.partition("=")
@@ -74,6 +82,18 @@ def run(arguments: argparse.Namespace, show) -> int:
     )  # fmt: skip
     show.json(report)
     show.text(render(report, arguments.output))
+    return 0
+
+
+def _sizes(arguments: argparse.Namespace, tests: list, show) -> int:
+    from .. import bench_stack
+
+    found = bench_stack.measure(
+        arguments.bundle, tests, sizes=arguments.sizes, beside=arguments.beside, repetitions=arguments.repetitions,
+        threads=arguments.threads, progress=show.progress, kv=arguments.kv, memory=arguments.memory,
+    )  # fmt: skip
+    show.json(found)
+    show.text(bench_stack.render(found))
     return 0
 
 

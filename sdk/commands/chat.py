@@ -1,4 +1,5 @@
-"""Talk with a model: one line, one answer. /reset forgets, /exit ends; Ctrl-C stops an answer, not the conversation."""
+"""Talk with a model: one line, one answer. /reset forgets, /memory 300MB changes what the model may use, /exit ends;
+Ctrl-C stops an answer, not the conversation."""
 
 import argparse
 import sys
@@ -7,7 +8,10 @@ from .. import options
 
 NAME = "chat"
 HELP = "talk with a model"
-_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
+_HELP = (
+    "/reset forgets the conversation, /memory SIZE changes what the model may use, /exit (or Ctrl-D) ends, Ctrl-C "
+    "stops an answer."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,7 @@ def run(arguments: argparse.Namespace, show) -> int:
     with load(arguments.bundle, progress=show.progress, **options.loading(arguments)) as model:
         if model.card.task != "generate":
             raise UsageError(f"{model.card.name} cannot chat.", "It embeds texts.", "Use: shoal run BUNDLE TEXT.")
+        options.follow(model, arguments)
         show.note(f"{model.card.name}, context {model.plan.context} tokens\n{_HELP}")
         _converse(model, arguments.system, keywords, show)
     return 0
@@ -58,6 +63,11 @@ def _converse(model, system: str | None, keywords: dict, show) -> None:
         if line == "/reset":
             messages = list(opening)
             show.note("The conversation is forgotten.")
+        elif line.split()[:1] == ["/memory"]:
+            try:
+                show.note(_memory(model, line.removeprefix("/memory").strip()))
+            except ShoalError as error:
+                show.error(error)
         elif line.startswith("/"):
             show.note(_HELP)
         elif line:
@@ -65,6 +75,17 @@ def _converse(model, system: str | None, keywords: dict, show) -> None:
                 messages = _turn(model, [*messages, {"role": "user", "content": line}], keywords, show)
             except ShoalError as error:
                 show.error(error)
+
+
+def _memory(model, wanted: str) -> str:
+    """What the model may and does use, after it was given `wanted` ("" leaves it). Raises UsageError, BudgetError."""
+    from ..show import size
+
+    plan = model.set_memory(wanted) if wanted else model.plan
+    stack = model.stack
+    budget = "without a budget" if plan.memory is None else f"of {size(plan.memory)}"
+    entries = f", {stack.entries} of {len(stack.index.order)} entries of the stack" if stack else ""
+    return f"(planned {size(plan.total)} {budget}: a context of {plan.context} tokens{entries})"
 
 
 def _turn(model, messages: list[dict], keywords: dict, show) -> list[dict]:

@@ -11,7 +11,12 @@ HELP = "turn a checkpoint into a bundle"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a .gguf file, or a folder with config.json and safetensors")
     parser.add_argument("-o", "--out", metavar="OUT", help="the bundle to write (default: SOURCE.RECIPE.shoal, here)")
-    parser.add_argument("--recipe", default="int4", metavar="NAME|FILE.toml", help="fp32, int8, int4 or int4-gptq")
+    parser.add_argument(
+        "--recipe", default="int4", metavar="NAME|FILE.toml",
+        help="fp32, int8, int4 (the default), int4-gptq, int3-gptq, int2-gptq, bitstack (grows and shrinks as it "
+             "runs), hybrid (the same with integers from 3 bits on), or auto (what is best at --memory)",
+    )  # fmt: skip
+    parser.add_argument("--memory", metavar="SIZE", help="with auto: what the model is for, such as 200MB")
     parser.add_argument("--blocks", metavar="FIRST:END", help="only these blocks: a part that runs with the others")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-parity", dest="check_parity", action="store_false", help="do not compare with the source")
@@ -21,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, show) -> int:
     from shoal.converters.convert import convert
+    from shoal.runtime.budget import parse_size
 
     report = convert(
         arguments.source,
@@ -31,6 +37,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         calibration_text=arguments.calibration_text,
         blocks=arguments.blocks,
         progress=show.progress,
+        **({} if arguments.memory is None else {"memory": parse_size(arguments.memory)}),
     )
     show.table(report.rows)
     show.json(report.to_dict())

@@ -1,5 +1,5 @@
-"""Show what is in a bundle: its card, its recipe, its sections and how close it is to its source, or, of a network of
-tensors, its name, modes, inputs and outputs. Loads no engine."""
+"""Show what is in a bundle: its card, its recipe, its stack, its sections and how close it is to its source, or, of a
+network of tensors, its name, modes, inputs and outputs. Loads no engine."""
 
 import argparse
 import json
@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         ("card", [(field, str(card[field])) for field in _CARD if field in card]),
         ("network", [(field, _plain(network[field])) for field in _NETWORK if network.get(field)]),
         ("recipe", recipe_rows(found["recipe"] or {})),
+        ("stack", stack_rows(found["stack"] or {})),
         ("parity", parity_rows(found["parity"] or {})),
     ):
         if rows:
@@ -70,8 +71,8 @@ def run(arguments: argparse.Namespace, show) -> int:
 
 
 def describe(bundle) -> dict:
-    """An open bundle as one JSON value. Raises BundleError for a card, a recipe, figures, modes or a network's graph
-    that are none."""
+    """An open bundle as one JSON value. Raises BundleError for a card, a recipe, a stack's index, figures, modes or a
+    network's graph that are none."""
     from shoal.converters.report import parity_from_json
     from shoal.runtime import onnx_ports, onnx_wire
     from shoal.runtime.card import Card
@@ -112,6 +113,7 @@ def describe(bundle) -> dict:
         "card": card,
         "modes": checked("modes", check_modes, "Pack the network again."),
         "recipe": checked("recipe", recipe_rows, "Convert the checkpoint again."),
+        "stack": stack(bundle) if bundle.find("stack", "index") else None,
         "parity": content("parity", figures),
         "sections": [
             {"kind": s.kind, "name": s.name, "offset": s.offset, "bytes": s.length, "alignment": s.alignment,
@@ -122,6 +124,46 @@ def describe(bundle) -> dict:
              "last_block": g.last_block} | ({} if card else ports(g)) for g in bundle.graphs
         ],
     }  # fmt: skip
+
+
+def stack(bundle) -> dict:
+    """What a bundle's stack holds; bytes are resident ones, `curve` is (entries, bytes, perplexity) as the converter
+    measured it. Raises BundleError."""
+    from shoal.runtime.bitstack.layout import StackFormat
+    from shoal.runtime.bitstack.stack import read_index
+
+    index = read_index(bundle)
+    sizes, steps = index.sizes(), [step for one in index.matrices for step in one.steps]
+    return {
+        "matrices": len(index.matrices), "entries": len(index.order), "floor": index.floor,
+        "floor_bytes": sizes[index.floor], "bytes": sizes[-1], "sort": index.sort, "orders": list(index.orders),
+        "blocks": sum(isinstance(step, StackFormat) for step in steps),
+        "ranks": sorted({step.rank for step in steps if isinstance(step, StackFormat)}),
+        "rungs": sorted({step.bits for step in steps if not isinstance(step, StackFormat)}),
+        "curve": [(entries, sizes[entries], perplexity) for entries, perplexity in index.curve],
+    }  # fmt: skip
+
+
+def stack_rows(stack: dict) -> list[tuple[str, str]]:
+    """A stack for a person."""
+    if not stack:
+        return []
+
+    from ..show import size
+
+    made = [f"{stack['blocks']:,} blocks of rank {', '.join(map(str, stack['ranks']))}"] if stack["blocks"] else []
+    if stack["rungs"]:
+        made.append(f"whole matrices in {', '.join(map(str, stack['rungs']))} bits")
+    rows = [
+        ("matrices", f"{stack['matrices']:,}"),
+        ("entries", f"{stack['entries']:,}: {', '.join(made)}"),
+        ("floor", f"{stack['floor']:,} entries, {size(stack['floor_bytes'])}"),
+        ("all of it", size(stack["bytes"])),
+        ("order", ", ".join([stack["sort"] or "not named", *(f"also {name}" for name in stack["orders"])])),
+    ]
+    return rows + [
+        ("perplexity", f"{value:.2f} with {entries:,} entries, {size(held)}") for entries, held, value in stack["curve"]
+    ]
 
 
 def check_modes(about: dict) -> None:
@@ -160,6 +202,10 @@ def recipe_rows(recipe: dict) -> list[tuple[str, str]]:
         return ", ".join(parts + (["rotated"] if value.get("rotated") else []))
 
     rows = [(key, format_of(recipe[key])) for key in ("linear", "embedding", "head") if key in recipe]
+    if ladder := recipe.get("ladder"):
+        rungs = [f"{rung['bits']} bits" for rung in ladder["rungs"]]
+        ranks = f"rank {ladder['rank']}" if ladder["rank"] else "a rank of its own for each matrix"
+        rows.append(("stacked", ", ".join([*rungs, f"{ladder['blocks']} blocks of {ranks}", f"sort {ladder['sort']}"])))
     rows += [(pattern, format_of(rule)) for pattern, rule in recipe.get("rules", ())]
     return [(key, str(recipe[key])) for key in ("name", "method") if key in recipe] + rows
 

@@ -10,7 +10,7 @@ HELP = "show the memory that a bundle will use"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_bundle(parser)
-    options.add_loading(parser)
+    options.add_loading(parser, answers=False)
     parser.add_argument("--check", action="store_true", help="load it, take a step and show what each row really holds")
     options.add_json(parser)
 

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         raise UsageError("--raw and --system were both given.", "Raw text has no system message.", "Give one of them.")
     keywords = options.sampling(arguments) | {"raw": arguments.raw}
     with load(arguments.bundle, progress=show.progress, **options.loading(arguments)) as model:
+        options.follow(model, arguments)
         if model.card.task == "embed":
             return _embed(model, prompt, show)
         if arguments.system is None:

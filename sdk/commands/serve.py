@@ -70,6 +70,9 @@ def run(arguments: argparse.Namespace, show) -> int:
             name: stack.enter_context(load(bundle, progress=show.progress, **_loading(bundle, arguments)))
             for name, bundle in zip(names, arguments.bundles, strict=True)
         }
+        for name, model in models.items():
+            if model.card.task == "generate":
+                options.follow(model, arguments, on_change=_logged(name))
         service = Service(models, Limits(arguments.queue, arguments.timeout))
         app = guarded(
             service, arguments.host, api_key=key, allow_hosts=arguments.allow_host, origins=arguments.cors_origin
@@ -83,6 +86,20 @@ def run(arguments: argparse.Namespace, show) -> int:
             ready=lambda: show.line(f"Serving {', '.join(names)} at {url} (Ctrl-C stops)"),
         )  # fmt: skip
     return 0
+
+
+def _logged(name: str):
+    """What writes a model's changes to the log."""
+    import logging
+
+    def tell(change) -> None:
+        if change.error is not None:
+            logging.warning("%s keeps its memory: %s", name, getattr(change.error, "what", change.error))
+        else:
+            entries = f", {change.plan.entries} entries of the stack" if change.plan.entries else ""
+            logging.info("%s: %d MiB for it, context %d%s", name, change.memory >> 20, change.plan.context, entries)
+
+    return tell
 
 
 def _few_arenas() -> None:

@@ -77,3 +77,61 @@ def test_sizes_in_words():
 def test_an_encoder_has_no_cache():
     encoder = dataclasses.replace(CARD, task="embed", max_context=512, ropes=(), windows=(), rope_of=())
     assert "key-value cache" not in {row.name for row in plan(encoder, SIZES).rows}
+
+
+# A stack --------------------------------------------------------------------------------------------------------------
+
+STACKED = dataclasses.replace(
+    SIZES, repacked=0, graph="fused", stack=tuple(40 * MIB + at * (MIB // 3) for at in range(600)), floor=7
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(memory=st.integers(1, 1 << 30), slots=st.integers(1, 4), context=st.none() | st.integers(2, 4096))
+def test_the_largest_prefix_that_fits_is_taken(memory, slots, context):
+    try:
+        found = plan(CARD, STACKED, memory=memory, slots=slots, context=context)
+    except BudgetError as error:
+        assert error.plan.entries == STACKED.floor and "7 of 599 blocks, its floor" in error.why
+        return
+    row = next(row for row in found.rows if row.name == "stack")
+    assert (row.bytes, row.where, row.kind) == (STACKED.stack[found.entries], "mapped", "elastic")
+    assert row.note.startswith(f"{found.entries} of 599 blocks") and found.to_dict()["entries"] == found.entries
+    assert found.total <= memory and STACKED.floor <= found.entries < 600
+    same = {"slots": slots, "context": found.context, "chunk": found.chunk}
+    assert plan(CARD, STACKED, memory=memory, **same).entries == found.entries
+    if found.entries < 599:
+        with pytest.raises(BudgetError):
+            plan(CARD, STACKED, memory=memory, entries=found.entries + 1, **same)
+
+
+def test_memory_that_shrinks_costs_context_then_blocks_then_context():
+    plans = [plan(CARD, STACKED, memory=memory * MIB) for memory in range(480, 110, -5)]
+    for before, after in zip(plans, plans[1:], strict=False):
+        assert after.context <= before.context and (after.entries <= before.entries or after.chunk < before.chunk)
+    assert (plans[0].context, plans[0].entries) == (4096, 599)
+    assert all(found.entries == 599 for found in plans if found.context > 1024)
+    assert all(found.entries == 7 for found in plans if found.context < 960)
+    assert any(found.context == 1024 and 100 < found.entries < 500 for found in plans)
+    asked = [plan(CARD, STACKED, memory=memory * MIB, context=2048) for memory in (400, 300, 200)]
+    assert {found.context for found in asked} == {2048} and asked[0].entries > asked[1].entries > asked[2].entries
+    with pytest.raises(BudgetError):
+        plan(CARD, STACKED, memory=120 * MIB, context=2048)
+
+
+def test_of_a_loaded_model_the_context_stays_as_long_as_the_floor_fits():
+    for memory, context in ((400, 2048), (200, 2048), (130, 0)):
+        found = plan(CARD, STACKED, memory=memory * MIB, chunk=256, loaded=True, keep=2048)
+        assert found.context == context or (context == 0 and found.context < 2048 and found.entries < 20)
+    assert plan(CARD, STACKED, keep=2048).context == 2048 and plan(CARD, STACKED).entries == 599
+
+
+@pytest.mark.parametrize("entries", [6, 600, -1, True, "all", 8.0])
+def test_a_number_of_entries_that_is_none(entries):
+    with pytest.raises(UsageError):
+        plan(CARD, STACKED, entries=entries)
+
+
+def test_what_has_no_stack_has_no_entries():
+    found = plan(CARD, SIZES)
+    assert found.entries == 0 and "stack" not in {row.name for row in found.rows}

@@ -18,8 +18,8 @@ def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def test_every_sample_is_here():
-    tested = {"stream", "chat", "batch", "constrained", "embed", "budget", "quickstart", "edge_camera",
-              "split_chat"}  # fmt: skip
+    tested = {"stream", "chat", "batch", "constrained", "embed", "budget", "elastic", "quickstart",
+              "edge_camera", "split_chat"}  # fmt: skip
     support = {"environment", "models", "reader", "wires"}
     assert {path.stem for path in SAMPLES.glob("*.py")} == tested | support
 
@@ -54,6 +54,15 @@ def test_budget_refuses_what_cannot_fit(smollm2_bundle):
     lines = run(SAMPLES / "budget.py", smollm2_bundle).stdout
     assert "20MB: The model does not fit" in lines
     assert "1 x 2048 tokens" in lines and "1 x 256 tokens" in lines
+
+
+def test_elastic_answers_from_what_there_is(stacked_bundle):
+    lines = [line.split() for line in run(SAMPLES / "elastic.py", stacked_bundle).stdout.splitlines()]
+    assert len(lines) > 20 and all(line[1] == "entries" and line[3] == "MiB" for line in lines)
+
+
+def test_elastic_needs_a_stack(tiny_bundle):
+    assert "no stack" in run(SAMPLES / "elastic.py", tiny_bundle, code=1).stderr
 
 
 in_venv = pytest.mark.skipif(

@@ -167,3 +167,53 @@ def read_until(terminal: int, wanted: bytes, more: int = 0, seconds: float = 120
         if select.select([terminal], [], [], 1)[0]:
             shown += os.read(terminal, 4096)
     return shown
+
+
+def test_a_stack_is_planned_and_run_in_a_budget(capsys, stacked_bundle):
+    whole = json.loads(shoal(capsys, "plan", stacked_bundle, "--context", 64, "--json")[0])
+    row = next(row for row in whole["rows"] if row["name"] == "stack")
+    assert row["kind"] == "elastic" and row["where"] == "mapped"
+    less = whole["total"] - row["bytes"] // 2
+    shown, _ = shoal(capsys, "plan", stacked_bundle, "--context", 64, "--memory", less)
+    assert f" of {whole['entries']} " in shown
+    words = ("One", "--raw", "--max-tokens", 4, "--context", 64, "--memory", less, "--json")
+    answer = json.loads(shoal(capsys, "run", stacked_bundle, *words)[0])
+    assert answer["stats"]["generated_tokens"] >= 1
+
+
+def test_chat_changes_the_memory(capsys, stacked_bundle, monkeypatch):
+    whole = json.loads(shoal(capsys, "plan", stacked_bundle, "--context", 64, "--json")[0])
+    row = next(row for row in whole["rows"] if row["name"] == "stack")
+    lines = ["Hello", "/memory", f"/memory {whole['total'] - row['bytes'] // 3}", "Hello", "/memory much", "/memory 1"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    _, said = shoal(capsys, "chat", stacked_bundle, "--context", 64, "--max-tokens", 4)
+    plans = [line for line in said.splitlines() if "entries of the stack" in line]
+    assert len(plans) == 2 and f"{whole['entries']} of {whole['entries']} entries" in plans[0]
+    assert "without a budget" in plans[0] and f" of {whole['entries']} entries" in plans[1] and plans[0] != plans[1]
+    assert "not a size" in said and "does not fit" in said
+
+
+def test_following_the_memory_needs_a_size_that_changes(capsys, minilm_bundle, stacked_bundle):
+    assert "one size" in shoal(capsys, "run", minilm_bundle, "One", "--follow-memory", code=2)[1]
+    prompt = ("One", "--raw", "--max-tokens", 2, "--context", 64)
+    assert "not a size" in shoal(capsys, "run", "--follow-memory", stacked_bundle, *prompt, code=2)[1]
+    shoal(capsys, "run", stacked_bundle, *prompt, "--follow-memory")
+    shoal(capsys, "run", stacked_bundle, *prompt, "--follow-memory=1MB", "--memory", "200MB")
+
+
+def test_memory_is_handed_to_the_converter(capsys, tiny_folder, tmp_path, monkeypatch):
+    from shoal.converters import convert
+    from shoal.converters.report import Report
+
+    given = []
+
+    def converted(source, out, **names):
+        given.append(names)
+        return Report(str(out), str(source), "llama", names["recipe"], 1, 1, 1.0)
+
+    monkeypatch.setattr(convert, "convert", converted)
+    shoal(capsys, "convert", tiny_folder, "-o", tmp_path / "a", "--recipe", "auto", "--memory", "2MB")
+    shoal(capsys, "convert", tiny_folder, "-o", tmp_path / "a")
+    assert given[0]["recipe"] == "auto" and given[0]["memory"] == 2_000_000
+    assert "memory" not in given[1]
+    assert "not a size" in shoal(capsys, "convert", tiny_folder, "--recipe", "auto", "--memory", "x", code=2)[1]

@@ -1,4 +1,4 @@
-"""`shoal inspect` on split networks, and on bundles whose digests are right and whose contents are not."""
+"""`shoal inspect` on split networks, on stacks, and on bundles whose digests are right and whose contents are not."""
 
 import json
 import sys
@@ -9,7 +9,9 @@ import pytest
 from shoal import cli
 from shoal.converters.recipe import NAMED
 from shoal.converters.split.tail import pack
+from shoal.runtime.bitstack.layout import Index, Stacked, StackFormat
 from shoal.runtime.bundle import Graph, create
+from shoal.runtime.kernels.layout import LinearFormat
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 from make_split import split  # noqa: E402
@@ -17,7 +19,15 @@ from make_split import split  # noqa: E402
 JUNK = [b"", b"{", b"\xff", b"null", b"[]", b"3", b'"linear"', b"[" * 100_000, b"1" * 5000]
 WRONG = {
     "card": [*JUNK, b"{}", b'{"blocks": "many"}'],
-    "recipe": [*JUNK, b'{"linear": 4}', b'{"rules": [1]}', b'{"rules": [["a", 4]]}', b'{"rules": 4}'],
+    "recipe": [
+        *JUNK,
+        b'{"linear": 4}',
+        b'{"rules": [1]}',
+        b'{"rules": [["a", 4]]}',
+        b'{"rules": 4}',
+        b'{"ladder": 4}',
+        b'{"ladder": {"rungs": [1]}}',
+    ],
     "modes": [
         *JUNK,
         b"{}",
@@ -74,3 +84,37 @@ def test_a_graph_that_is_none_is_the_bundle_s_fault(tmp_path, capsys):
         writer.commit()
     assert cli.main(["inspect", str(tmp_path / "a")]) == 5
     assert "graph" in capsys.readouterr().err
+
+
+def stacked(path, index: bytes, length: int):
+    with create(path) as writer:
+        writer.add("stack", "index", index, required=True)
+        writer.add("stack", "blocks", bytes(length), required=True)
+        writer.commit()
+
+
+def test_a_stack_is_shown(tmp_path, capsys):
+    block, rung = StackFormat(64, 16, 2), LinearFormat(64, 16, 4, 32, 64)
+    matrices = (Stacked("a", 64, 16, 0, (block, block)), Stacked("b", 64, 16, 0, (block, rung)))
+    index = Index(matrices, (0, 1, 0, 1), 2, "average", ((2, 99.5), (4, 12.25)), {"greedy": (1, 0, 1, 0)})
+    stacked(tmp_path / "a", index.to_json(), sum(entry.length for entry in index.entries()))
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    for row in ("matrices    2\n", "entries     4: 3 blocks of rank 2, whole matrices in 4 bits",
+                "floor       2 entries, ", "order       average, also greedy",
+                "perplexity  99.50 with 2 entries, "):  # fmt: skip
+        assert row in said, said
+    assert cli.main(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["stack"]
+    sizes = index.sizes()
+    assert (found["floor_bytes"], found["bytes"]) == (sizes[2], sizes[4])
+    assert found["curve"] == [[2, sizes[2], 99.5], [4, sizes[4], 12.25]]
+
+
+@pytest.mark.parametrize("index", [*JUNK, b'{"version": 1}', b'{"version": 1, "matrices": [1]}'],
+                         ids=lambda value: repr(value[:24]))  # fmt: skip
+def test_a_wrong_stack_is_the_bundle_s_fault(tmp_path, capsys, index):
+    stacked(tmp_path / "a", index, 64)
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 5
+    said = capsys.readouterr()
+    assert said.out == "" and "stack" in said.err and "fix: " in said.err

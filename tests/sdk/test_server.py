@@ -318,6 +318,16 @@ def test_metrics_count(server, client):
     assert server.metric("shoal_slots") == 2 and server.metric("shoal_slots", "minilm") == 1
 
 
+def test_a_stack_is_counted(stacked_bundle):
+    server = Server(str(stacked_bundle), "--follow-memory=1MB", "--memory", "200MB")
+    try:
+        entries = server.metric("shoal_stack_entries_limit", "tiny.stack")
+        assert 0 < server.metric("shoal_stack_entries", "tiny.stack") <= entries
+        assert server.metric("shoal_stack_bytes", "tiny.stack") > 0
+    finally:
+        assert server.stop() == 0
+
+
 def test_reachable_from_outside_asks_for_a_key_and_keeps_its_deadlines(smollm2_bundle):
     server = Server(str(smollm2_bundle), "--host", "0.0.0.0", "--context", "512", "--timeout", "1", SHOAL_API_KEY="")
     try:

@@ -52,7 +52,12 @@ RUNS = [
     Run("aarch64", "qemu-aarch64 -cpu cortex-a53", "", "scalar", 0.1),
     pytest.param(Run("threads", "", "amx", "scalar avx2 avx512 amx", 0.1), marks=pytest.mark.deep),
 ]
-ROUNDS = {"check_linear": 100, "check_attention": 100, "check_amx": 40}  # of which a deep run has forty times as many
+ROUNDS = {
+    "check_linear": 100,
+    "check_stack": 60,
+    "check_attention": 100,
+    "check_amx": 40,
+}  # of which a deep run has forty times as many
 
 
 def tool(name: str) -> str:
@@ -71,7 +76,7 @@ def make(name: str, folder: Path) -> Path:
     command, extra = BUILDS[name]
     compiler = build.Compiler([command], ["-Werror", *extra])
     x86 = compiler.machine == "x86_64"
-    checks = ["check_linear", "check_attention", *(["check_amx"] if x86 else [])]
+    checks = ["check_linear", "check_stack", "check_attention", *(["check_amx"] if x86 else [])]
     sources = [*build.SOURCES, *([HERE / "amx_emulator.cpp"] if x86 else [])]
     objects = compiler.compile([*sources, *(HERE / f"{check}.cpp" for check in checks)], folder)
     for check, one in zip(checks, objects[len(sources) :], strict=True):
@@ -123,6 +128,11 @@ def said(programs, request):
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_linear_has_the_bits_of_the_scalar_path(said, run):
     assert f"paths: {run.paths}; the fastest: {run.paths.split()[-1]}\n" in said("check_linear", run)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_a_stack_has_the_bits_of_the_scalar_path(said, run):
+    assert f"paths: {run.paths}; the fastest: {run.paths.split()[-1]}\n" in said("check_stack", run)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)

@@ -1,0 +1,68 @@
+"""The order of a stack as a recipe wants it, and the others that come for nothing or are asked for.
+
+The proxy: the model is measured once for each matrix, with this one alone at its least, on a few hundred tokens. What
+that costs in divergence for each unit of its products' error says how much the rest of the model minds; the calibrated
+error of every other step is known already. So it needs one short run a matrix where the paper's order needs a longer
+one for each of its steps.
+"""
+
+from collections.abc import Collection
+
+from shoal.runtime.events import Event, Progress, silent
+
+from . import order
+from .measure import Meter
+from .stacks import Stacks, step_bytes
+
+_LEAST = 1e-12
+
+
+def orders(
+    stacks: Stacks, wanted: Collection[str], short: Meter, long: Meter, progress: Progress = silent
+) -> dict[str, list[int]]:
+    """The orders `wanted`, by name: proxy by the `short` meter; average and greedy, which share their runs, by the
+    `long` one; random."""
+    first, tops = stacks.floors, [len(one.steps) for one in stacks.matrices]
+    sizes = [step_bytes(one) for one in stacks.matrices]
+    found = {}
+    if "random" in wanted:
+        found["random"] = order.shuffled(first, tops)
+    if "proxy" in wanted:
+        weights = sensitivities(stacks, short, progress)
+
+        def gain(matrix: int, count: int) -> float:
+            errors = stacks.errors[matrix]
+            return weights[matrix] * (errors[count] - errors[count + 1])
+
+        found["proxy"] = order.by_gain(first, tops, sizes, gain)
+    if "average" in wanted or "greedy" in wanted:
+        total, done = sum(tops) - sum(first), 0
+
+        def perplexity(counts: list[int]) -> float:
+            nonlocal done
+            progress(Event("sort", min(done, total), total, "perplexities", "steps"))
+            done += 1
+            return long.perplexity(counts)
+
+        measured = order.gains(first, tops, perplexity)
+        progress(Event("sort", total, total, "", "steps"))
+        found["average"] = order.average(first, tops, measured)
+        found["greedy"] = order.greedy(first, tops, sizes, measured)
+    return found
+
+
+def sensitivities(stacks: Stacks, meter: Meter, progress: Progress = silent) -> list[float]:
+    """Nats a token that each unit of a matrix's error costs."""
+    tops = [len(one.steps) for one in stacks.matrices]
+    found = []
+    for matrix, first in enumerate(stacks.floors):
+        progress(Event("sort", matrix, len(tops), stacks.matrices[matrix].name, "matrices"))
+        counts = list(tops)
+        counts[matrix] = first
+        errors = stacks.errors[matrix]
+        more = errors[first] - errors[tops[matrix]]
+        found.append(meter.divergence(counts) / more if more > 0 else 0.0)
+    progress(Event("sort", len(tops), len(tops), "", "matrices"))
+    # A step that seems to cost nothing still comes before one that gives nothing
+    least = max(max(found, default=0.0) * 1e-6, _LEAST)
+    return [max(value, least) for value in found]

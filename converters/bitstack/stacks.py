@@ -1,0 +1,179 @@
+"""The stacked matrices of a model on their way into a bundle: made as graphs ask for them, put in order at the end.
+
+Each is read whole, turned into its steps (rungs and blocks, as the recipe says) by what its inputs look like, and put
+away in a work folder, so that one matrix is in memory at a time. `set` makes any steps of each the current ones, for
+the same kernels as on a device, so that a model can be measured at every size before there is a bundle. It knows
+nothing about graphs, orders or perplexities.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from shoal.runtime import kernels
+from shoal.runtime.bitstack.layout import Index, Stacked, StackFormat, Step, entry_bytes, header, pack
+from shoal.runtime.errors import BackendError, ConvertError
+from shoal.runtime.kernels.layout import BLOCK, PANEL, Codes, LinearFormat, dequantize, rotate
+from shoal.runtime.kernels.layout import pack as pack_linear
+
+from ..quantize import gptq
+from ..recipe import Ladder
+from .signs import Residual, best_rank
+from .work import Work
+
+_SWEPT = 2  # blocks after the floor that are chosen twice
+_ROWS = 1024  # of a rung, rounded at once
+
+
+class Stacks:
+    """All stacked matrices of one conversion. `handle` names them to a graph's input `stack`; `errors` has for each
+    matrix ||left X||^2 over its calibration inputs with 0, 1, 2, .. of its steps."""
+
+    def __init__(self, ladder: Ladder, work: Work):
+        if not kernels.available():
+            raise BackendError(
+                "A stacked model cannot be made here.", f"It is measured by the kernels, and {kernels.missing()}.",
+                "Install a C++ compiler and shoal again.",
+            )  # fmt: skip
+        self.ladder, self.work = ladder, work
+        self.matrices: list[Stacked] = []
+        self.errors: list[list[float]] = []
+        self._payloads: list[list[np.ndarray]] = []
+        self._ranks: dict[tuple[int, ...], int] = {}
+        self._registry: kernels.Stack | None = None
+        self._counts: list[int] = []
+
+    def done(self, count: int) -> bool:
+        """Whether the next `count` matrices are in the work folder already."""
+        return all(self.work.has(len(self.matrices) + at) for at in range(count))
+
+    def add(self, label: str, rows: Callable[[], np.ndarray], moments: np.ndarray | None) -> int:
+        """Makes the next matrix, or takes it from the work folder, and returns its number. `rows()` gives it whole,
+        fp32 [outputs, inputs]; `moments` are its inputs' second moments [inputs, inputs], which it may overwrite."""
+        at = len(self.matrices)
+        kept = self.work.load(at)
+        if kept is None:
+            if moments is None:
+                raise ConvertError(f"{label} cannot be stacked.", "Nothing is known of its inputs.", "Convert again.")
+            payloads, kept = self._make(rows(), moments)
+            self.work.save(at, payloads, kept)
+            kept = self.work.load(at)
+            if kept is None:
+                raise ConvertError(f"{label} was not stored.", "Its file changed.", "Convert again.")
+        inputs, outputs, rotated = kept["inputs"], kept["outputs"], kept["rotated"]
+        # One rank for all of a shape: the first is as good a trial as any
+        self._ranks.setdefault((outputs, inputs), kept["rank"])
+        steps = tuple(_step(raw, inputs, outputs, rotated) for raw in kept["steps"])
+        self.matrices.append(Stacked(label, inputs, outputs, rotated, steps))
+        self.errors.append(kept["errors"])
+        self._payloads.append(self.work.payloads(at, kept["lengths"]))
+        return at
+
+    def rank(self, matrix: int) -> int:
+        """Of a matrix's blocks: all have one."""
+        return next((step.rank for step in self.matrices[matrix].steps if isinstance(step, StackFormat)), 1)
+
+    @property
+    def floors(self) -> list[int]:
+        """How many steps each matrix needs at least."""
+        return [self.ladder.floor] * len(self.matrices)
+
+    @property
+    def handle(self) -> int:
+        """What names the matrices as they are `set`, at first with all their steps."""
+        if self._registry is None:
+            self._registry = kernels.Stack(len(self.matrices))
+            self._counts = [0] * len(self.matrices)
+            self.set([len(one.steps) for one in self.matrices])
+        return self._registry.handle
+
+    def set(self, counts: Sequence[int]) -> None:
+        """From the next run on each matrix has its first `counts` steps."""
+        self.handle  # noqa: B018 (makes the registry)
+        assert self._registry is not None
+        for matrix, count in enumerate(counts):
+            if count == self._counts[matrix]:
+                continue
+            one, payloads = self.matrices[matrix], self._payloads[matrix]
+            live = one.live(count)
+            rung = next((at for at in live if isinstance(one.steps[at], LinearFormat)), None)
+            blocks = [at for at in live if at != rung]
+            base = (one.steps[rung], payloads[rung]) if rung is not None else None
+            self._registry.set(matrix, [payloads[at] for at in blocks], base)  # type: ignore[arg-type]
+            self._counts[matrix] = count
+
+    def write(self, sink, index: Index) -> None:
+        """Writes the stack's entries in the order of `index`."""
+        for entry in index.entries():
+            step, payload = self.matrices[entry.matrix].steps[entry.step], self._payloads[entry.matrix][entry.step]
+            sink.write(header(entry.matrix, entry.step, step, payload))
+            sink.write(payload)
+
+    def close(self) -> None:
+        if self._registry is not None:
+            self._registry.close()
+            self._registry = None
+        self._payloads.clear()
+        self.work.close()
+
+    def _make(self, weights: np.ndarray, moments: np.ndarray) -> tuple[list, dict]:
+        outputs, inputs = weights.shape
+        ladder, rotated = self.ladder, int(inputs % BLOCK == 0)
+        feedback = gptq.Feedback(moments, -(-inputs // BLOCK) * BLOCK, bool(rotated))
+        domain = rotate(weights) if rotated else weights
+        rank = ladder.rank or self._ranks.get(weights.shape) or best_rank(domain, feedback, ladder.first or 1)
+        format = StackFormat(inputs, outputs, rank, rotated)
+        left = Residual(domain.copy(), feedback)
+        payloads: list = []
+        steps: list[dict] = []
+        errors = [left.error]
+        for at, block in enumerate(left.floor(ladder.first, rank) if ladder.first else ()):
+            payloads.append(pack(format, *block))
+            # The first blocks come together: what one of them alone would leave is never seen
+            errors.append(left.error if at == ladder.first - 1 else errors[0])
+            steps.append({"rank": rank})
+        for rung in ladder.rungs:
+            layout = rung.layout(inputs, outputs)
+            rounding = gptq.Rounding(feedback, rung)
+            parts = [rounding.quantize(weights[start : start + _ROWS]) for start in range(0, outputs, _ROWS)]
+            codes = Codes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+            payloads.append(pack_linear(layout, codes))
+            steps.append({"bits": layout.bits, "group": layout.group, "span": layout.span})
+            left = Residual(domain.copy(), feedback)
+            left.take(_in_domain(layout, codes))
+            errors.append(left.error)
+        for at in range(ladder.blocks):
+            swept = 1 if at < _SWEPT else 0
+            payloads.append(pack(format, *left.block(rank, swept)))
+            errors.append(left.error)
+            steps.append({"rank": rank})
+        return payloads, {
+            "inputs": inputs, "outputs": outputs, "rotated": rotated, "rank": rank, "steps": steps, "errors": errors,
+        }  # fmt: skip
+
+
+def step_bytes(matrix: Stacked) -> list[int]:
+    """What each step adds to what must be resident."""
+    held, found = 0, []
+    for step in matrix.steps:
+        now = entry_bytes(step) + (0 if isinstance(step, LinearFormat) else held)
+        found.append(now - held)
+        held = now
+    return found
+
+
+def _in_domain(layout: LinearFormat, codes: Codes) -> np.ndarray:
+    """A rung's weights as its blocks go on top of them: not rotated back."""
+    plain = LinearFormat(layout.inputs, layout.outputs, layout.bits, layout.group, layout.span)
+    return dequantize(plain, codes)
+
+
+def _step(raw: dict, inputs: int, outputs: int, rotated: int) -> Step:
+    if "rank" in raw:
+        return StackFormat(inputs, outputs, raw["rank"], rotated)
+    return LinearFormat(inputs, outputs, raw["bits"], raw["group"], raw["span"], rotated)
+
+
+def gated_order(rows: int) -> np.ndarray:
+    """For a gate and its up of `rows` outputs each, stacked: which row comes where so that their panels alternate."""
+    return np.arange(2 * rows).reshape(2, -1, PANEL).transpose(1, 0, 2).reshape(-1)

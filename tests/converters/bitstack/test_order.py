@@ -1,0 +1,95 @@
+"""Orders of a stack: every one is whole and keeps each matrix's steps in turn; greedy ones are the best there are."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.converters.bitstack import order
+
+matrices = st.lists(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=4), min_size=1, max_size=4
+)
+
+
+def check(found, first, tops):
+    assert [found.count(matrix) for matrix in range(len(tops))] == list(tops)
+    assert [found[: sum(first)].count(matrix) for matrix in range(len(tops))] == list(first)
+
+
+@given(matrices, st.integers(0, 5))
+def test_every_order_is_whole_and_begins_with_the_floor(steps, seed):
+    first, tops = [1] * len(steps), [len(own) for own in steps]
+    gains = [[gain for gain, _ in own] for own in steps]
+    sizes = [[size for _, size in own] for own in steps]
+    measured = {(m, c): (100.0, 100.0 - gains[m][c]) for m in range(len(steps)) for c in range(1, tops[m])}
+    for found in (
+        order.shuffled(first, tops, seed), order.average(first, tops, measured),
+        order.greedy(first, tops, sizes, measured), order.by_gain(first, tops, sizes, lambda m, c: gains[m][c]),
+    ):  # fmt: skip
+        check(found, first, tops)
+
+
+@settings(deadline=None)
+@given(matrices)
+def test_by_gain_is_best_at_every_size_that_it_stops_at(steps):
+    """At the ends of its runs no other choice of as many bytes gains more: brute force says so."""
+    first, tops = [0] * len(steps), [len(own) for own in steps]
+
+    def gain(counts) -> float:
+        return sum(own[at][0] for own, count in zip(steps, counts, strict=True) for at in range(count))
+
+    def size(counts) -> int:
+        return sum(own[at][1] for own, count in zip(steps, counts, strict=True) for at in range(count))
+
+    found = order.by_gain(first, tops, [[s for _, s in own] for own in steps], lambda m, c: steps[m][c][0])
+    choices = list(itertools.product(*(range(top + 1) for top in tops)))
+    counts = [0] * len(steps)
+    curve = [(0, 0.0)]
+    for matrix in found:
+        counts[matrix] += 1
+        curve.append((size(counts), gain(counts)))
+    hull = [point for point in curve if all(_under(point, a, b) for a in curve for b in curve)]
+    for bytes_, value in hull:
+        best = max(gain(choice) for choice in choices if size(choice) <= bytes_)
+        assert value >= best - 1e-6 * max(1, best)
+
+
+def _under(point, a, b) -> bool:
+    """Whether the point is not below the line from a to b."""
+    if not a[0] < point[0] < b[0]:
+        return True
+    return point[1] >= a[1] + (b[1] - a[1]) * (point[0] - a[0]) / (b[0] - a[0]) - 1e-9
+
+
+def test_average_goes_level_by_level_and_puts_the_greatest_help_first():
+    """Worked by hand from the paper's rule."""
+    measured = {
+        (0, 1): (50.0, 40.0), (1, 1): (50.0, 30.0), (2, 1): (50.0, math.nan),
+        (0, 2): (20.0, 15.0), (1, 2): (20.0, 18.0),
+    }  # fmt: skip
+    assert order.average([1, 1, 1], [3, 3, 2], measured) == [0, 1, 2, 1, 0, 2, 0, 1]
+
+
+def test_measuring_raises_one_matrix_at_a_time_from_one_level():
+    asked = []
+
+    def perplexity(counts):
+        asked.append(tuple(counts))
+        return 10.0 / sum(counts)
+
+    found = order.gains([1, 1], [3, 2], perplexity)
+    assert asked == [(1, 1), (2, 1), (1, 2), (2, 2), (3, 2)]
+    assert found[0, 2] == (10 / 4, 10 / 5) and set(found) == {(0, 1), (1, 1), (0, 2)}
+
+
+def test_a_shuffle_is_of_its_seed():
+    assert order.shuffled([1, 1], [9, 9], 1) == order.shuffled([1, 1], [9, 9], 1) != order.shuffled([1, 1], [9, 9], 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_what_is_no_number_comes_last(bad):
+    measured = {(0, 1): (50.0, bad), (1, 1): (50.0, 49.0)}
+    assert order.greedy([1, 1], [2, 2], [[1, 1], [1, 1]], measured) == [0, 1, 1, 0]

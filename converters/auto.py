@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from shoal.runtime.bitstack.layout import StackFormat, entry_bytes
+from shoal.runtime.bitstack.layout import StackFormat, Step, entry_bytes
 from shoal.runtime.budget import plan
 from shoal.runtime.card import Card
 from shoal.runtime.errors import BudgetError, UsageError
@@ -132,9 +132,8 @@ class _Sized(Weights):
         inputs, outputs = self.shapes[names[0]][1], sum(self.shapes[name][0] for name in names)
         format, ladder = self.recipe.format(names[0], role), self.recipe.ladder
         if ladder is not None and self.recipe.stacks(names[0], role):
-            block = StackFormat(inputs, outputs, 1)
-            first = [block] * ladder.first or [ladder.rungs[0].layout(inputs, outputs)]
-            self.floor += sum(map(entry_bytes, first))
+            first: Step = StackFormat(inputs, outputs, 1) if ladder.first else ladder.rungs[0].layout(inputs, outputs)
+            self.floor += ladder.floor * entry_bytes(first)
             return Matrix(format, outputs, inputs, None, gated=gated, stacked=0)
         layout = None if format.bits == 32 else format.layout(inputs, outputs)
         shape = (outputs, inputs) if layout is None else (layout.bytes,)

@@ -72,6 +72,16 @@ def by_gain(
     return order
 
 
+def by_level(
+    first: Counts, tops: Counts, bytes_of: Sequence[Counts], gain: Callable[[int, int], float]
+) -> list[int]:  # fmt: skip
+    """Like `by_gain`, but level by level as `average`: matrices differ by one step at most."""
+    steps = [(count, matrix) for matrix, (low, top) in enumerate(zip(first, tops, strict=True))
+             for count in range(low, top)]  # fmt: skip
+    steps.sort(key=lambda step: (step[0], -gain(step[1], step[0]) / bytes_of[step[1]][step[0]], step[1]))
+    return _repeat(first) + [matrix for _, matrix in steps]
+
+
 def _falling(gain, matrix: int, counts: range, bytes_of: Counts) -> list[tuple[float, int, int]]:
     """A matrix's steps as runs (gain, bytes, steps) that fall in what they gain for each byte."""
     runs: list[tuple[float, int, int]] = []

@@ -28,6 +28,7 @@ def test_every_order_is_whole_and_begins_with_the_floor(steps, seed):
     for found in (
         order.shuffled(first, tops, seed), order.average(first, tops, measured),
         order.greedy(first, tops, sizes, measured), order.by_gain(first, tops, sizes, lambda m, c: gains[m][c]),
+        order.by_level(first, tops, sizes, lambda m, c: gains[m][c]),
     ):  # fmt: skip
         check(found, first, tops)
 
@@ -71,6 +72,12 @@ def test_average_goes_level_by_level_and_puts_the_greatest_help_first():
         (0, 2): (20.0, 15.0), (1, 2): (20.0, 18.0),
     }  # fmt: skip
     assert order.average([1, 1, 1], [3, 3, 2], measured) == [0, 1, 2, 1, 0, 2, 0, 1]
+
+
+def test_by_level_sorts_each_level_by_gain_a_byte():
+    gains = {(0, 1): 4.0, (1, 1): 3.0, (2, 1): 1.0, (0, 2): 1.0, (1, 2): 9.0}
+    sizes = [[1, 4, 1], [1, 1, 9], [1, 1]]
+    assert order.by_level([1, 1, 1], [3, 3, 2], sizes, lambda m, c: gains[m, c]) == [0, 1, 2, 1, 0, 2, 0, 1]
 
 
 def test_measuring_raises_one_matrix_at_a_time_from_one_level():

@@ -23,6 +23,7 @@ from shoal.runtime.model import load, sizes
 from shoal.runtime.session import Place
 
 from . import architectures, parity
+from .experts import records
 from .graph import GraphBuilder
 from .quality import perplexity
 from .recipe import NAMED, Recipe
@@ -81,7 +82,7 @@ def _fitting(source: str | Path, memory: int) -> set[str]:
             raise UsageError("The recipe 'auto' cannot be used.", "The model generates no text.", "Name a recipe.")
         tokenizer = Tokenizer.from_json(checkpoint.tokenizer())
         card = dataclasses.replace(card, tokenizer_bytes=tokenizer.nbytes)
-        for name in (*STACKS, *INTEGERS):
+        for name in (*(STACKS if not card.experts else ()), *INTEGERS):
             try:
                 _plan(architecture, card, checkpoint, NAMED[name], memory)
                 fits.add(name)
@@ -102,6 +103,10 @@ def _plan(architecture: ModuleType, card: Card, checkpoint, recipe: Recipe, memo
         found = sizes(card, builder.serialize(), {"weights": Place(file.name, 0, weights.end)})
     if recipe.ladder is not None:
         found = dataclasses.replace(found, stack=(0, weights.floor), floor=1)
+    if (names := records.stored(recipe, card, architecture)) is not None:  # at least a token's experts of one layer
+        record = max(one.record for one in records.precisions(recipe, card, names))
+        slots = range(0, (card.experts * len(card.routed_blocks) + 1) * record, record)
+        found = dataclasses.replace(found, stack=slots, floor=min(card.top_k, len(slots) - 1), pool="experts")
     plan(card, found, memory=memory, context=min(CONTEXT, card.max_context))
 
 

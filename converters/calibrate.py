@@ -92,7 +92,8 @@ def calibrate(
     tokens: np.ndarray, folder: Path, progress: Progress = silent,
 ) -> None:  # fmt: skip
     """Rounds and stores every block's matrices in `weights`, each with the moments of its inputs over `tokens`, int64
-    [rows, length]. `places` says where the bytes stored so far lie; scratch files are in `folder`, a few at a time."""
+    [rows, length], and its experts by those of the tokens that chose them. `places` says where the bytes stored so far
+    lie; scratch files are in `folder`, a few at a time."""
     blocks = card.span
     weights.hessians = head = _head_moments(architecture, card, weights, tokens, folder, progress)
     walk = Walk(architecture, card, tokens)
@@ -100,7 +101,10 @@ def calibrate(
         progress(Event("calibrate", block, blocks.stop, f"block {block}", "blocks"))
         one = range(block, block + 1)
         with Scratch(weights.source, folder, _exact(weights), weights.factors) as scratch:
-            hessians = head | moments(walk, one, scratch)
+            kept: dict[str, list[np.ndarray]] | None = {} if weights.records is not None else None
+            hessians = head | moments(walk, one, scratch, kept)
+        if weights.records is not None and kept:
+            weights.records.add(block, *(np.concatenate(kept.pop(key)) for key in ("inputs", "gates")))
         with Scratch(weights.source, folder, weights.recipe, weights.factors) as passing:
             # Blocks before a part are rounded as well, so that it sees the errors it would see in the whole
             target = weights if block in blocks else passing.weights
@@ -112,25 +116,34 @@ def calibrate(
 
 
 def stack(
-    architecture: ModuleType, card: Card, weights: Weights, tokens: np.ndarray, folder: Path,
-    progress: Progress = silent,
+    architecture: ModuleType, card: Card, weights: Weights, places: Callable[[], Mapping[str, Place]],
+    tokens: np.ndarray, folder: Path, progress: Progress = silent,
 ) -> None:  # fmt: skip
     """Makes every block's stacked matrices, and rounds and stores the others, each by the moments of its inputs over
-    `tokens`, int64 [rows, length]. A block's inputs are those of the source, since how many steps the blocks before it
-    will have is not known. Blocks whose matrices were made before are only walked through."""
+    `tokens`, int64 [rows, length]. Each level of the ladder has a walk of its own, whose blocks are all at that level:
+    so a rung is what `calibrate` would make of it. Blocks whose matrices were made before are only walked through."""
+    stacks = weights.stacks
+    assert stacks is not None
     weights.hessians = head = _head_moments(architecture, card, weights, tokens, folder, progress)
-    walk = Walk(architecture, card, tokens)
+    walks = [Walk(architecture, card, tokens) for _ in stacks.levels]
     for block in range(card.blocks):
         progress(Event("stack", block, card.blocks, f"block {block}", "blocks"))
         one = range(block, block + 1)
         with Scratch(weights.source, folder, _exact(weights)) as scratch:
-            products = walk.graph(one, scratch.weights, taps=True).tapped
+            products = walks[0].graph(one, scratch.weights, taps=True).tapped
             stacked = all(weights.recipe.stacks(f"{names[0]}.weight", "linear") for names in products)
-            made = stacked and weights.stacks is not None and weights.stacks.done(len(products))
-            weights.hessians = head if made else head | moments(walk, one, scratch)
-            walk.graph(one, weights)  # makes them
-            weights.hessians = head
-            walk.advance(one, scratch)
+            if not (stacked and stacks.done(len(products))):
+                weights.levels = [moments(walk, one, scratch) for walk in walks]
+                weights.hessians = head | {
+                    names: weights.levels[-1].pop(names)
+                    for names in list(weights.levels[-1])
+                    if not weights.recipe.stacks(names[0], "linear")
+                }
+        walks[0].graph(one, weights)  # makes them
+        weights.hessians, weights.levels = head, []
+        for walk, level in zip(walks, stacks.levels, strict=True):
+            stacks.set([level] * len(stacks.matrices))
+            walk.advance(one, Stored(weights, places(), repack=True))
     progress(Event("stack", card.blocks, card.blocks, "", "blocks"))
 
 
@@ -151,9 +164,11 @@ def _head_moments(
         return moments(walk, range(card.blocks, card.blocks), scratch)
 
 
-def moments(walk: Walk, blocks: range, stored: Scratch) -> dict[Names, np.ndarray]:
+def moments(
+    walk: Walk, blocks: range, stored: Scratch, kept: dict[str, list[np.ndarray]] | None = None
+) -> dict[Names, np.ndarray]:
     """The second moments, fp32 [inputs, inputs], of the inputs of every product of `blocks` over all texts, by the
-    tensors' names."""
+    tensors' names. What mixtures keep is appended to `kept`."""
     sums: dict[Names, np.ndarray] = {}
     waiting: dict[Names, list[np.ndarray]] = {}
 
@@ -165,7 +180,7 @@ def moments(walk: Walk, blocks: range, stored: Scratch) -> dict[Names, np.ndarra
         else:
             sums[names] = seen.T @ seen
 
-    for inputs in walk.inputs(blocks, stored):
+    for inputs in walk.inputs(blocks, stored, kept):
         for names, seen in inputs.items():
             rows = waiting.setdefault(names, [])
             rows.append(seen)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from shoal.runtime import session
 from shoal.runtime.bitstack.layout import Index
 from shoal.runtime.bundle import Graph, create
+from shoal.runtime.bundle.write import Writer
 from shoal.runtime.card import Card
 from shoal.runtime.errors import UsageError
 from shoal.runtime.events import Event, Progress, silent
@@ -32,6 +34,8 @@ from .bitstack.stacks import Stacks
 from .bitstack.work import Work
 from .caches import cache_scales
 from .calibrate import calibrate, calibration_rows, smooth, stack
+from .experts import records
+from .experts.names import all_experts
 from .graph import GraphBuilder
 from .recipe import Recipe
 from .report import Parity, Report, parity_to_json
@@ -93,16 +97,28 @@ def convert(
         named = dataclasses.replace(chosen, calibration=calibration)
         if blocks is not None:
             card = parts.part(card, parts.parse(blocks), named, checkpoint)
+        experts = records.stored(chosen, card, architecture)
         stacks = _stacks(Path(source), Path(out), chosen, named, card, undo) if chosen.ladder is not None else None
         compared: Parity | None = None
         baseline: Parity | None = None
-        with writer.scratch() as folder:
+        kept: records.Records | None = None
+        with writer.scratch() as folder, ExitStack() as within:
+            if experts is not None:
+                kept = records.Records(checkpoint, chosen, card, experts, folder, progress)
+                within.callback(kept.close)
+                if chosen.method != "gptq":
+                    with timed(seconds, "experts"):
+                        for block in card.routed_blocks:
+                            kept.add(block)
             with writer.section("weights", "weights", alignment=4096, required=True) as section:
 
                 def places() -> dict[str, session.Place]:
                     return {"weights": session.Place(str(writer.path), section.offset, section.tell())}
 
                 weights = Weights(checkpoint, chosen, section, progress, stacks=stacks)
+                if experts is not None:
+                    weights.records = kept
+                    weights.elsewhere(chain.from_iterable(all_experts(card, experts)))
                 if chosen.calibrated:
                     with timed(seconds, "calibrate"):
                         rows = calibration_rows(chosen, card, tokenizer)
@@ -111,9 +127,11 @@ def convert(
                         if chosen.method == "gptq":
                             calibrate(architecture, card, weights, places, rows, folder, progress)
                         if stacks is not None:
-                            stack(architecture, card, weights, rows, folder, progress)
+                            stack(architecture, card, weights, places, rows, folder, progress)
                 with timed(seconds, "convert"):
                     graph = build(architecture, card, weights)
+            if kept is not None:
+                _add_experts(writer, kept, weights)
             with timed(seconds, "graphs"):
                 kind = "embed" if card.task == "embed" else "part" if card.is_part else "decode"
                 graphs = {kind: graph}
@@ -121,7 +139,7 @@ def convert(
                     ids = tokenizer.encode(CALIBRATION[:2000])[:256]
                     x = stream(architecture, card, weights, ids, folder)
                     with parity.whole(graph, weights, places(), folder) as opened:
-                        scales = cache_scales(opened, card, x, weights.handle)
+                        scales = cache_scales(opened, card, x, weights.handles)
                     graphs[f"{kind}.fp16"] = build(architecture, card, weights, cache="float16")
                     graphs[f"{kind}.int8"] = build(architecture, card, weights, cache_scales=scales)
             if stacks is not None:
@@ -158,6 +176,8 @@ def convert(
             stored += index.sizes()[-1]
             stacks.work.remove()
         counted = sum(matrix.outputs * matrix.inputs for matrix in weights.matrices.values())
+        if kept is not None:
+            stored, counted = stored + kept.bytes, counted + kept.numbers
         return Report(
             bundle=str(out), source=checkpoint.describe(), model_type=card.model_type, recipe=chosen.name,
             source_bytes=sum(info.bytes for info in checkpoint.tensors().values()),
@@ -234,9 +254,26 @@ def build(architecture, card: Card, weights: Weights, **options) -> bytes:
     return builder.serialize()
 
 
+def _add_experts(writer: Writer, kept: records.Records, weights: Weights) -> None:
+    """The sections of a mixture whose experts are rounded: their records in each precision, the index of them, and what
+    predicts a router from the one before."""
+    for at, precision in enumerate(kept.precisions):
+        with writer.section("experts", precision.section, alignment=4096, required=at == 0) as sink:
+            kept.copy(at, sink)
+    writer.add("experts", "index", kept.index.to_json(), required=True)
+    if (found := records.predictor(weights, kept.card, kept.names)) is not None:
+        writer.add("experts", "predictor", found)
+
+
 def _rounded_to_nearest(checkpoint, architecture, card, recipe, tokenizer, folder, progress) -> Parity:
-    """Parity of the same formats without calibration, in a scratch file."""
-    with Scratch(checkpoint, folder, dataclasses.replace(recipe, method="rtn", smooth=False)) as scratch:
+    """Parity of the same formats without calibration, in scratch files."""
+    plain = dataclasses.replace(recipe, method="rtn", smooth=False, low=None)
+    with Scratch(checkpoint, folder, plain) as scratch, ExitStack() as undo:
+        if (experts := records.stored(plain, card, architecture)) is not None:
+            scratch.weights.records = kept = records.Records(checkpoint, plain, card, experts, folder)
+            undo.callback(kept.close)
+            for block in card.routed_blocks:
+                kept.add(block)
         graph = build(architecture, card, scratch.weights)
         return parity.compare(
             checkpoint, architecture, card, scratch.weights, graph, scratch.places, tokenizer, HELDOUT, folder, progress

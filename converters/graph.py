@@ -21,7 +21,8 @@ OPSET = {"": 21, "com.microsoft": 1, KERNELS: 1}
 _SECTION = "weights"
 _TYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32,
           "uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}  # fmt: skip
-ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}  # as the kernels number them
+ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # as the kernels number them
+_UNTAPPED = ("router", "experts")  # roles of matrices whose inputs no method looks at
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class GraphBuilder:
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
-        self._stack_input: ir.Value | None = None
+        self._handles: dict[str, ir.Value] = {}
         self._scope = ""
         self._counts: dict[str, int] = {}
         self.tapped: dict[tuple[str, ...], str] = {}
         self.producers: dict[tuple[str, ...], str] = {}
+        self.kept: dict[str, str] = {}
 
     def scope(self, name: str) -> None:
         """Prefixes the names of the nodes that follow, so that a profile reads like the model."""
@@ -61,11 +63,24 @@ class GraphBuilder:
         self._inputs.append(value)
         return value
 
+    def handle(self, name: str) -> ir.Value:
+        """The input that names what lies outside of the graph, a `stack` or a store of `experts`: a number that the
+        kernels know."""
+        if name not in self._handles:
+            self._handles[name] = self.input(name, "int64", [1])
+        return self._handles[name]
+
     def output(self, value: ir.Value, name: str, dtype: str, shape: Sequence[int | str]) -> None:
         """Makes `value` an output called `name`."""
         value.name = name
         value.type, value.shape = ir.TensorType(_TYPES[dtype]), ir.Shape(shape)
         self._outputs.append(value)
+
+    def keep(self, key: str, value: ir.Value, width: int) -> None:
+        """Makes `value` [batch, tokens, width] an output, to be found under `key`, if the graph is for calibration."""
+        if self.taps:
+            self.kept[key] = f"kept.{key}"
+            self.output(self.op("Identity", value), self.kept[key], "float32", ["batch", f"tokens.{key}", width])
 
     def op(self, kind: str, *inputs: ir.Value | None, count: int = 1, domain: str = "", **attributes):
         """Adds a node; returns its output, or a list of them when `count` is more than one."""
@@ -114,18 +129,24 @@ class GraphBuilder:
         names = (names,) if isinstance(names, str) else names
         matrix = self.weights.matrix(tuple(f"{name}.weight" for name in names), role)
         offset = self._external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
-        x, norm = self._tap(names, x, norm, after, matrix)
+        if role not in _UNTAPPED:
+            x, norm = self._tap(names, x, norm, after, matrix)
         return self._product(matrix, x, norm, offset, residual)
 
-    def gated(self, names: tuple[str, str], x: ir.Value, activation: str, after: str, norm: Norm | None) -> ir.Value:
+    def gated(
+        self, names: tuple[str, str], x: ir.Value, activation: str, after: str, norm: Norm | None, role: str = "linear"
+    ) -> ir.Value:
         """activation(gate(x)) * up(x) for the matrices `names` = (gate, up): one product. The rest as in `linear`."""
-        matrix = self.weights.matrix((f"{names[0]}.weight", f"{names[1]}.weight"), gated=True)
-        x, norm = self._tap(names, x, norm, after, matrix)
+        matrix = self.weights.matrix((f"{names[0]}.weight", f"{names[1]}.weight"), role, gated=True)
+        if role not in _UNTAPPED:
+            x, norm = self._tap(names, x, norm, after, matrix)
         if matrix.gated:
             return self._product(matrix, x, norm, activation=ACTIVATIONS[activation])
         gate, up = self.op("Split", self._product(matrix, x, norm), count=2, axis=-1, num_outputs=2)
         if activation == "silu":
             gate = self.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x) in one operator
+        elif activation == "relu":
+            gate = self.op("Relu", gate)
         else:
             gate = self.op("Gelu", gate, approximate="tanh" if activation == "gelu_tanh" else "none")
         return self.op("Mul", gate, up)
@@ -179,7 +200,7 @@ class GraphBuilder:
     ) -> ir.Value:  # fmt: skip
         if matrix.stacked is not None:
             return self.op(
-                "StackedLinear", x, self._stack(), norm.weight if norm else None, bias, residual, domain=KERNELS,
+                "StackedLinear", x, self.handle("stack"), norm.weight if norm else None, bias, residual, domain=KERNELS,
                 epsilon=norm.epsilon if norm else 0.0, activation=activation, inputs=matrix.inputs,
                 outputs=matrix.outputs, matrix=matrix.stacked, rank=matrix.rank,
                 rotated=int(matrix.inputs % BLOCK == 0),
@@ -195,12 +216,6 @@ class GraphBuilder:
         for term in (bias, residual):
             y = y if term is None else self.op("Add", y, term)
         return y
-
-    def _stack(self) -> ir.Value:
-        """The input that names the stack: a handle that the kernels know."""
-        if self._stack_input is None:
-            self._stack_input = self.input("stack", "int64", [1])
-        return self._stack_input
 
     def _external(self, stored: Stored) -> ir.Value:
         if stored.name not in self._initializers:

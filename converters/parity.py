@@ -88,7 +88,7 @@ def compare(
                     if card.task == "embed":
                         measured = _embeddings(head, opened, expected, rows, given, step)
                     else:
-                        measured = _logits(head, opened, expected, rows, given, step, weights.handle)
+                        measured = _logits(head, opened, expected, rows, given, step, weights.handles)
     progress(Event("parity", total, total, "", "steps"))
     divergent = (block for block, error in zip(blocks, errors, strict=True) if error > DIVERGED)
     return Parity(
@@ -97,9 +97,9 @@ def compare(
     )  # fmt: skip
 
 
-def stretches(tokenizer: Tokenizer, card: Card, text: str, tokens: int) -> list[np.ndarray]:
-    """Token ids of stretches of the text, spread over it."""
-    length = min(ROW, card.max_context, tokens)
+def stretches(tokenizer: Tokenizer, card: Card, text: str, tokens: int, length: int = ROW) -> list[np.ndarray]:
+    """Token ids of stretches of the text, each of `length` at most, spread over it."""
+    length = min(length, card.max_context, tokens)
     start = [card.bos] if card.add_bos and card.bos >= 0 else []
     count = max(1, round(tokens / length))
     found = []
@@ -180,12 +180,12 @@ def _streams(opened: Session, walk: Walk, given: Sequence[np.ndarray], step) -> 
 
 def _logits(
     head: Session, opened: Session, walk: Walk, rows: Sequence[np.ndarray], given: Sequence[np.ndarray], step,
-    stack: int | None,
+    handles: Mapping[str, int],
 ) -> dict:  # fmt: skip
     """Figures of a language model: the graph takes what it is `given` of every text (the tokens or, of a later part,
     the stream) in chunks, the source's head takes its last stream."""
     card = walk.card
-    decoder = Decoder(opened, card, Cache(card, max(map(len, rows)), 1), CHUNK, stack)
+    decoder = Decoder(opened, card, Cache(card, max(map(len, rows)), 1), CHUNK, handles)
     most = absolute = divergence = 0.0
     agreed = predicted = 0
     losses = np.zeros(2)

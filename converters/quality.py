@@ -27,17 +27,28 @@ def perplexity(
     return float(np.exp(min(loss / predicted, 700)))
 
 
-def _loss(scheduler, row: np.ndarray, step: int) -> float:
-    """The sum of -log p over the tokens of `row` after its first."""
+def begin(scheduler) -> None:
+    """Makes ready for `predict` from position 0 on, inside `exclusively`. Raises BusyError."""
     if scheduler.load() != (0, 0):
         raise BusyError("The model answers requests.", "Measuring needs its cache.", "Measure when it is idle.")
     scheduler.cache.held[0].clear()  # what is written over must not be taken for a prompt's beginning
+
+
+def predict(scheduler, part: np.ndarray, start: int) -> np.ndarray:
+    """Log-probabilities, fp32 [len(part), vocab], of what follows each of the token ids `part`, which stand at `start`
+    and on, behind what was predicted before. The next call writes over them. Raises BackendError."""
+    logits = scheduler.decoder.forward(0, part[None], [start], list(range(len(part))))
+    logits -= logits.max(-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    return logits
+
+
+def _loss(scheduler, row: np.ndarray, step: int) -> float:
+    """The sum of -log p over the tokens of `row` after its first."""
+    begin(scheduler)
     loss = 0.0
     for start in range(0, len(row), step):
-        part = row[start : start + step]
-        logits = scheduler.decoder.forward(0, part[None], [start], list(range(len(part))))
-        logits -= logits.max(-1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-        targets = row[start + 1 : start + len(part) + 1]
+        logits = predict(scheduler, row[start : start + step], start)
+        targets = row[start + 1 : start + len(logits) + 1]
         loss -= float(logits[np.arange(len(targets)), targets].sum(dtype=np.float64))
     return loss

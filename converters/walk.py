@@ -81,31 +81,44 @@ def stream(
 
 
 class Walk:
-    """One model on its way through its blocks: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went."""
+    """One model on its way through its blocks: `hidden` fp32 [1, tokens, hidden] of every text, as far as it went, and
+    where its routers depend on each other the last one's logits, `routing` fp32 [1, tokens, experts] or None."""
 
     def __init__(self, architecture: ModuleType, card: Card, rows: Sequence[np.ndarray] | np.ndarray):
         self.architecture, self.card = architecture, card
         self.hidden = [row[None] for row in rows]
+        self.routing: list[np.ndarray | None] = [None] * len(self.hidden)
 
     def advance(self, blocks: range, stored: Stored | Scratch) -> None:
         """Runs `blocks` on every text."""
         graph = self.graph(blocks, stored.weights).serialize()
         with opened(graph, stored.places, stored.repack) as session:
             for index, x in enumerate(self.hidden):
-                feeds = self.feeds(x, blocks) | _of(stored.weights.feeds, session)
-                self.hidden[index] = session.run(feeds, ["hidden_out"])["hidden_out"]
+                feeds = self.feeds(x, blocks) | self._others(index, stored.weights, session)
+                names = [name for name in ("hidden_out", "routing_out") if name in session.outputs]
+                found = session.run(feeds, names)
+                self.hidden[index] = found["hidden_out"]
+                self.routing[index] = found.get("routing_out", self.routing[index])
 
-    def inputs(self, blocks: range, stored: Stored | Scratch) -> Iterator[dict[Names, np.ndarray]]:
+    def inputs(
+        self, blocks: range, stored: Stored | Scratch, kept: dict[str, list[np.ndarray]] | None = None
+    ) -> Iterator[dict[Names, np.ndarray]]:
         """For each text the input, fp32 [tokens, inputs], of every product of `blocks`, by its matrices' names; behind
-        the last block, of the head. Stays where it is."""
+        the last block, of the head. What a mixture keeps is appended to `kept`: its experts' `inputs` [tokens, hidden]
+        and their `gates` [tokens, experts]. Stays where it is."""
         last = blocks.start == self.card.blocks
         g = GraphBuilder("end", stored.weights, taps=True) if last else self.graph(blocks, stored.weights, taps=True)
         if last:
             self.architecture.build(g, self.card, blocks)
         with opened(g.serialize(), stored.places, stored.repack) as session:
-            for x in self.hidden:
-                rows = {"rows": np.arange(x.shape[1])} if last else {}
-                seen = session.run(self.feeds(x, blocks) | rows, list(g.tapped.values()))
+            for index, x in enumerate(self.hidden):
+                feeds = self.feeds(x, blocks) | ({"rows": np.arange(x.shape[1])} if last else {})
+                wanted = {} if kept is None else g.kept
+                names = [*g.tapped.values(), *wanted.values()]
+                seen = session.run(feeds | self._others(index, stored.weights, session), names)
+                if kept is not None:
+                    for key, output in wanted.items():
+                        kept.setdefault(key, []).append(seen.pop(output).reshape(x.shape[1], -1))
                 yield {names: seen.pop(output).reshape(x.shape[1], -1) for names, output in g.tapped.items()}
 
     def end(self, stored: Stored | Scratch) -> AbstractContextManager[Session]:
@@ -133,7 +146,9 @@ class Walk:
         empty = np.zeros((1, self.card.kv_heads, length, self.card.head_dim), np.float32)
         return feeds | {f"past_{part}_{block}": empty for block in blocks for part in ("key", "value")}
 
-
-def _of(feeds: Mapping[str, np.ndarray], session: Session) -> dict[str, np.ndarray]:
-    """Those that the graph takes."""
-    return {name: array for name, array in feeds.items() if name in session.inputs}
+    def _others(self, index: int, weights: Weights, session: Session) -> dict[str, np.ndarray]:
+        """The inputs that only some graphs have, of those that this one takes."""
+        found = dict(weights.feeds)
+        if (routing := self.routing[index]) is not None:
+            found["routing"] = routing
+        return {name: array for name, array in found.items() if name in session.inputs}

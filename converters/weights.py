@@ -24,6 +24,14 @@ ALIGNMENT = 64
 SLICE_BYTES = 16 << 20  # of fp32, read and rounded at once
 
 
+class Records(Protocol):
+    """Experts that lie elsewhere; see experts/records.py."""
+
+    @property
+    def handle(self) -> int: ...
+    def add(self, block: int, inputs: np.ndarray, gates: np.ndarray) -> None: ...
+
+
 class Sink(Protocol):
     """Where bytes go: a section of a bundle in the making, or a scratch file."""
 
@@ -70,7 +78,8 @@ class Factors:
 class Weights:
     """The store. `source` has tensors() and read(name, start, stop); `factors` apply before anything is rounded;
     `hessians` maps a matrix's names to the inputs' second moments [inputs, inputs], which the recipe's method uses
-    where it finds them. What the recipe stacks goes to `stacks`."""
+    where it finds them. What the recipe stacks goes to `stacks`, with the same for each of its `levels`. Experts that
+    it rounds are not here but in `records`, which are made before or block by block."""
 
     def __init__(
         self, source, recipe: Recipe, sink: Sink, progress: Progress = silent, factors: Factors | None = None,
@@ -78,7 +87,9 @@ class Weights:
     ):  # fmt: skip
         self.source, self.recipe, self.sink, self.progress = source, recipe, sink, progress
         self.factors, self.stacks = factors or Factors(), stacks
+        self.records: Records | None = None
         self.hessians: dict[tuple[str, ...], np.ndarray] = {}
+        self.levels: list[dict[tuple[str, ...], np.ndarray]] = []
         self.shapes = {name: info.shape for name, info in source.tensors().items()}
         self.matrices: dict[tuple[str, ...], Matrix] = {}
         self._plain: dict[tuple[str, ...], Stored] = {}
@@ -91,27 +102,37 @@ class Weights:
         return self.stacks.handle if self.stacks is not None and self.stacks.matrices else None
 
     @property
+    def handles(self) -> dict[str, int]:
+        """What graphs over these weights are given beside what every graph is, by the input's name."""
+        found = {} if self.handle is None else {"stack": self.handle}
+        return found if self.records is None else found | {"experts": self.records.handle}
+
+    @property
     def feeds(self) -> dict[str, np.ndarray]:
-        """What graphs over these weights need beside what every graph does."""
-        return {} if self.handle is None else {"stack": np.array([self.handle], np.int64)}
+        """The same as arrays."""
+        return {name: np.array([handle], np.int64) for name, handle in self.handles.items()}
 
     @property
     def exact(self) -> bool:
         """Whether every matrix stored so far is in fp32."""
         return all(matrix.format.bits == 32 for matrix in self.matrices.values())
 
+    def elsewhere(self, names: Iterable[str]) -> None:
+        """Says that these tensors are read by somebody else, so that `progress` does not wait for them."""
+        self._total -= sum(math.prod(self.shapes[name]) for name in names) * 4
+
     def plain(self, name: str, transform: Callable | None = None) -> Stored:
         """The tensor `name` in fp32; the transform is part of the model, so one name has one."""
 
         def make() -> np.ndarray:
-            vector = transform(self._read(name)) if transform else self._read(name)
+            vector = transform(self.read(name)) if transform else self.read(name)
             return vector * self.factors.rows[name] if name in self.factors.rows else vector
 
         return self._keep((name,), make)
 
     def stacked(self, names: tuple[str, ...]) -> Stored:
         """Vectors in fp32, one behind the other."""
-        return self._keep(names, lambda: np.concatenate([self._read(name) for name in names]))
+        return self._keep(names, lambda: np.concatenate([self.read(name) for name in names]))
 
     def matrix(self, names: tuple[str, ...], role: str = "linear", gated: bool = False) -> Matrix:
         """The matrices `names` [outputs, inputs] stacked by rows, in the recipe's format for the first name. With
@@ -136,26 +157,30 @@ class Weights:
                 format, outputs, inputs, Stored(label, "float32", (outputs, inputs), start, self.sink.tell() - start)
             )
         layout = format.layout(inputs, outputs)
-        hessian = self.hessians.get(names)
-        rounding = gptq.Rounding(hessian, format) if hessian is not None else None
-
-        def rounded(names: tuple[str, ...]) -> Iterator[Codes]:
-            for rows in self._slices(names):
-                yield rounding.quantize(rows) if rounding else rtn.quantize(rows, format)
-
-        parts = map(_alternating, rounded(names[:1]), rounded(names[1:])) if gated else rounded(names)
-        for codes in _whole_panels(parts):
+        for codes in self.rounded(names, format, gated):
             self.sink.write(pack(layout, codes))
         return Matrix(
             format, outputs, inputs, Stored(label, "uint8", (layout.bytes,), start, layout.bytes), layout, gated
         )
+
+    def rounded(self, names: tuple[str, ...], format: Format, gated: bool = False) -> Iterator[Codes]:
+        """The matrices `names` in slices of whole panels, of which only the last may be ragged; of a pair that is
+        `gated`, whose panels are whole, panels alternate."""
+        hessian = self.hessians.get(names)
+        rounding = gptq.Rounding(hessian, format) if hessian is not None else None
+
+        def one(names: tuple[str, ...]) -> Iterator[Codes]:
+            for rows in self._slices(names):
+                yield rounding.quantize(rows) if rounding else rtn.quantize(rows, format)
+
+        return _whole_panels(map(_alternating, one(names[:1]), one(names[1:])) if gated else one(names))
 
     def _stack(self, stacks: Stacks, names: tuple[str, ...], format: Format, label: str, gated: bool) -> Matrix:
         def rows() -> np.ndarray:
             whole = np.concatenate(list(self._slices(names)))
             return whole[gated_order(len(whole) // 2)] if gated else whole
 
-        at = stacks.add(label, rows, self.hessians.get(names))
+        at = stacks.add(label, rows, [level.pop(names) for level in self.levels if names in level])
         one = stacks.matrices[at]
         return Matrix(format, one.outputs, one.inputs, None, gated=gated, stacked=at, rank=stacks.rank(at))
 
@@ -164,7 +189,7 @@ class Weights:
             rows, columns = self.shapes[name]
             step = max(PANEL, SLICE_BYTES // (4 * columns) // PANEL * PANEL)
             for start in range(0, rows, step):
-                part = self._read(name, start, min(start + step, rows))
+                part = self.read(name, start, min(start + step, rows))
                 if name in self.factors.columns:
                     part = part * self.factors.columns[name]
                 if name in self.factors.rows:
@@ -172,7 +197,8 @@ class Weights:
                 yield part
                 del part
 
-    def _read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of a tensor in fp32 as the source has them. Raises ConvertError for what is no number."""
         rows = self.source.read(name, start, stop)
         if not np.isfinite(rows).all():
             raise ConvertError(

@@ -282,7 +282,7 @@ class Agent:
                     self._hints = await self._search()
             else:
                 began = time.monotonic()
-                self._tell(await self._session(connection, address))
+                await self._session(connection, address)
                 self._backoff.lasted(time.monotonic() - began)
                 await asyncio.sleep(self._backoff.failed())
 
@@ -321,8 +321,8 @@ class Agent:
             _log.warning("no link: %s %s", error.what, error.why)
         self.trouble = error.why
 
-    async def _session(self, connection: Connection, address: Address) -> ShoalError:
-        """Everything that is done over one connection, until it ends; returns why it did."""
+    async def _session(self, connection: Connection, address: Address) -> None:
+        """Everything that is done over one connection, until it ends."""
         assert connection.peer is not None
         _log.info("linked to %s by %s", connection.peer.name, connection.transport.name)
         self.connection, self.trouble = connection, ""
@@ -335,7 +335,7 @@ class Agent:
             for work in (self._negotiate, self._bring, self._report, self._update, self._watch)
         ]  # fmt: skip
         try:
-            return await connection.closed()
+            self._tell(await connection.closed())  # before the link is gone: who sees none reads why
         finally:
             self.connection = None
             self._remote.forget()

@@ -6,6 +6,7 @@ fixed ones may not. A plan that does not fit is refused with its table and the t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .card import Card
@@ -40,7 +41,8 @@ class Sizes:
     nothing is prepared, `tokenizer`, the engine's own, `session`, and its `code`, touched for the first time. `cold` is
     what is read or held only while the model is prepared and opened, before there is a cache or an activation. `graph`
     is fused (our own operators, which keep least between two of them), lowered (the same in the engine's) or plain. Of
-    a `stack` there are the bytes of its first 0, 1, 2, .. entries, and the model needs `floor` of these to run."""
+    a `stack` there are the bytes of its first 0, 1, 2, .. entries, and the model needs `floor` of these to run; where
+    `pool` is experts, these are slots for so many of them."""
 
     weights: int
     row: int = 0
@@ -51,8 +53,9 @@ class Sizes:
     code: int = 51 << 18
     cold: int = 0
     graph: str = "plain"
-    stack: tuple[int, ...] = (0,)
+    stack: Sequence[int] = (0,)
     floor: int = 0
+    pool: str = "stack"
 
     @property
     def opening(self) -> int:
@@ -129,7 +132,8 @@ def plan(
     stack = len(sizes.stack) - 1
     if entries is not None and (type(entries) is not int or not sizes.floor <= entries <= stack):
         why = f"This model's can have {sizes.floor} to {stack}."
-        raise UsageError(f"A stack of {entries!r} entries is asked for.", why, "Ask for as many as that.")
+        what = f"Slots for {entries!r} experts are" if sizes.pool == "experts" else f"A stack of {entries!r} entries is"
+        raise UsageError(f"{what} asked for.", why, "Ask for as many as that.")
     floor, whole = (sizes.floor, stack) if entries is None else (entries, entries)
 
     def rows(
@@ -138,7 +142,12 @@ def plan(
         found = [Row("weights", sizes.weights, "mapped")]
         if stack:
             least = ", its floor" if entries == sizes.floor else ""
-            found.append(Row("stack", sizes.stack[entries], "mapped", "elastic", f"{entries} of {stack} blocks{least}"))
+            if sizes.pool == "experts":
+                note = f"slots for {entries} of {stack}{', the fewest' if least else ''}"
+                found.append(Row("experts", sizes.stack[entries], "anonymous", "elastic", note))
+            else:
+                note = f"{entries} of {stack} blocks{least}"
+                found.append(Row("stack", sizes.stack[entries], "mapped", "elastic", note))
         if sizes.repacked:
             found.append(Row("repacked weights", sizes.repacked, "mapped", note="prepared on this device"))
         if sizes.private:
@@ -158,7 +167,7 @@ def plan(
         if stack:
             passing = min(passing, int(_MOMENTS * sum(row.bytes for row in found)))
         found.append(Row("step peak", passing, "anonymous", note="at most, for moments"))
-        return tuple(row for row in found if row.bytes or row.name in ("weights", "activations", "stack"))
+        return tuple(row for row in found if row.bytes or row.name in ("weights", "activations", "stack", "experts"))
 
     def total(length: int, block: int, entries: int = floor, **kinds) -> int:
         return max(0 if loaded else sizes.opening, sum(row.bytes for row in rows(length, block, entries, **kinds)))
@@ -239,6 +248,8 @@ def activation_bytes(card: Card, chunk: int, context: int, slots: int, graph: st
         floats = stream + qkv + (2 if graph == "lowered" else 5) * card.ffn + scratch
     # Beside the arena: each slot's logits and the sampler's copies of them, and what a request's own lists take
     arena = 1.0 if graph == "fused" else _ARENA  # its scratch is of another heap
+    if card.experts:  # what each chosen expert gives, the logits, and the rows that one takes and gives
+        floats += (card.top_k + 2) * card.hidden + 2 * card.total_experts + card.expert_ffn + card.shared_ffn
     lists = 4 * card.vocab * card.has_head * 2 * slots + 5 * MIB // 4
     return int(arena * 4 * floats * max(chunk, slots)) + lists + sum(stream_bytes(card, chunk, slots))
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from .errors import BundleError
 
+MAX_EXPERTS = 1024  # of a block, as in experts/layout.py
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -60,6 +62,21 @@ class Card:
     first_block: int = 0  # of a part: it has the blocks range(first_block, last_block) of the model
     last_block: int = 0  # 0: all
     whole: str = ""  # of a part: what it shares with the other parts of the same model and recipe, and with no others
+    experts: int = 0  # gated feed-forwards of which a router chooses; 0: every block has one feed-forward
+    top_k: int = 0  # how many of them (and of the special ones) see a token
+    expert_ffn: int = 0
+    expert_activation: str = ""  # silu, gelu, gelu_tanh, relu
+    routing: str = "softmax"  # what makes weights of logits: softmax over all, sigmoid of each, or equal: each is 1
+    normalised: bool = False  # the weights of the chosen sum to 1
+    routed_scale: float = 1.0  # what the weights are multiplied by
+    routed: tuple[int, ...] = ()  # one entry a block: whether it has experts; empty: all have, where there are any
+    early_routing: bool = False  # the router reads the stream that enters the block, before attention
+    gating_residual: bool = False  # a router's logits also depend on those of the router before
+    zero_experts: int = 0  # special ones give nothing, their input, or it and a constant; their numbers follow
+    copy_experts: int = 0
+    constant_experts: int = 0
+    shared_ffn: int = 0  # of a feed-forward that sees every token beside the chosen ones; 0: none
+    shared_gate: bool = False  # what it gives is multiplied by a sigmoid
 
     @property
     def span(self) -> range:
@@ -69,6 +86,18 @@ class Card:
     @property
     def is_part(self) -> bool:
         return len(self.span) < self.blocks
+
+    @property
+    def routed_blocks(self) -> tuple[int, ...]:
+        """The blocks that have experts, ascending."""
+        if not self.experts:
+            return ()
+        return tuple(block for block, some in enumerate(self.routed or (1,) * self.blocks) if some)
+
+    @property
+    def total_experts(self) -> int:
+        """How many a router chooses of: the special ones count."""
+        return self.experts + self.zero_experts + self.copy_experts + self.constant_experts
 
     @property
     def has_head(self) -> bool:
@@ -106,7 +135,7 @@ class Card:
             value = raw[item.name]
             if item.name == "ropes":
                 value = tuple(_rope(entry, refuse) for entry in _list(value, item.name, refuse))
-            elif item.name in ("rope_of", "windows", "eos"):
+            elif item.name in ("rope_of", "windows", "eos", "routed"):
                 value = tuple(_integer(entry, item.name, refuse) for entry in _list(value, item.name, refuse))
             elif item.type is int or item.type == "int":
                 value = _integer(value, item.name, refuse)
@@ -138,6 +167,32 @@ class Card:
                 raise refuse("rope_of", "names a rope that is not there")
             if any(len(rope.inverse_frequencies) * 2 > self.head_dim for rope in self.ropes):
                 raise refuse("ropes", "has more frequencies than half a head")
+        self._check_experts(refuse)
+
+    def _check_experts(self, refuse) -> None:
+        limits = {"experts": MAX_EXPERTS, "expert_ffn": 1 << 20, "shared_ffn": 1 << 20, "zero_experts": MAX_EXPERTS,
+                  "copy_experts": MAX_EXPERTS, "constant_experts": MAX_EXPERTS}  # fmt: skip
+        for name, most in limits.items():
+            if not 0 <= getattr(self, name) <= most:
+                raise refuse(name, f"is {getattr(self, name)}, outside 0 to {most}")
+        if self.routing not in ("softmax", "sigmoid", "equal"):
+            raise refuse("routing", f"is {self.routing!r:.40}, not softmax, sigmoid or equal")
+        if not self.experts:
+            if self.top_k or self.routed or self.total_experts or self.shared_ffn:
+                raise refuse("experts", "is 0, but other fields tell of experts")
+            return
+        if self.task != "generate":
+            raise refuse("experts", f"has no meaning with the task {self.task!r}")
+        if self.total_experts > MAX_EXPERTS:
+            raise refuse("experts", f"and the special ones are {self.total_experts}, more than {MAX_EXPERTS}")
+        if not 1 <= self.top_k <= self.total_experts:
+            raise refuse("top_k", f"is {self.top_k} of {self.total_experts} experts")
+        if self.expert_ffn < 1:
+            raise refuse("expert_ffn", "is 0, but there are experts")
+        if self.expert_activation not in ("silu", "gelu", "gelu_tanh", "relu"):
+            raise refuse("expert_activation", f"is {self.expert_activation!r:.40}")
+        if self.routed and (len(self.routed) != self.blocks or not set(self.routed) <= {0, 1} or not any(self.routed)):
+            raise refuse("routed", "is not one 0 or 1 a block, one of them 1 at least")
 
 
 def _list(value, name, refuse) -> list:

@@ -10,6 +10,7 @@ from .budget import Plan
 from .bundle import Bundle
 from .card import Card
 from .errors import BackendError, UsageError
+from .experts.store import Store
 from .prepack import Prepared
 from .session import LIBRARIES
 
@@ -31,6 +32,7 @@ class Parts:
     load_s: float = 0.0
     prepared: Prepared | None = None
     stack: Stack | None = None
+    experts: Store | None = None
     kept: list = field(default_factory=list)  # what else is closed with the model
     base: int | None = None  # anonymous bytes when loading was done
     code: int | None = field(default_factory=lambda: measure.folder_rss(LIBRARIES))  # of the engine, before loading
@@ -64,23 +66,35 @@ class Loaded:
         """The weights whose number may change while the model serves; None of a model that has none."""
         return self.parts.stack
 
-    def set_entries(self, entries: int) -> Plan:
-        """Makes the first `entries` of the stack resident: exact control, to measure with; any thread, while it runs.
+    @property
+    def experts(self) -> Store | None:
+        """The slots of a mixture's experts; None of a model that has none."""
+        return self.parts.experts
 
-        Raises UsageError where there is no such number of entries or no stack, BudgetError where the budget in force
-        has no room for it, and BundleError for an entry that is damaged; nothing has changed then.
+    @property
+    def elastic(self) -> Stack | Store | None:
+        """What of the weights may change in size while the model serves: `entries` of a stack, or slots for experts."""
+        return self.parts.stack or self.parts.experts
+
+    def set_entries(self, entries: int) -> Plan:
+        """Makes the first `entries` of the stack resident, or room for so many experts: exact control, to measure with;
+        any thread, while it runs.
+
+        Raises UsageError where there is no such number of entries or neither stack nor experts, BudgetError where the
+        budget in force has no room for it, and BundleError for an entry that is damaged; nothing has changed then.
         """
         with self._resizing:
             self._open()
-            if self.stack is None:
+            if self.elastic is None:
                 raise UsageError(
-                    "The model has no stack.", "Its size is fixed.", "Convert it with the bitstack recipe."
-                )
+                    "The model has no stack, and no experts.", "Its size is fixed.",
+                    "Convert it with the bitstack recipe.",
+                )  # fmt: skip
             plan = self.plan
             plan = self.parts.replan(
                 memory=plan.memory, context=plan.context, chunk=plan.chunk, loaded=True, entries=entries
             )
-            self.stack.set_entries(entries)
+            self.elastic.set_entries(entries)
             self.plan = plan
             return plan
 
@@ -96,18 +110,20 @@ class Loaded:
             found["stack"] = held = self.stack.resident()
             weights = found["weights"]  # of the same file
             found["weights"] = None if weights is None or held is None else max(0, weights - held)
+        if self.experts is not None:
+            found["experts"] = self.experts.resident()
         now, code = measure.anonymous_bytes(), measure.folder_rss(LIBRARIES)
         if code is not None and self.parts.code is not None:
             found["engine code"] = max(0, code - self.parts.code)
         if now is not None and self.parts.base is not None:
-            found["activations"] = max(0, now - self.parts.base)
+            found["activations"] = max(0, now - self.parts.base - (found.get("experts") or 0))
         return found
 
     def close(self) -> None:
         if not self.closed:
             self.closed = True
             self.bundle.close()
-            for part in (self.parts.stack, self.parts.prepared, *self.parts.kept):
+            for part in (self.parts.stack, self.parts.experts, self.parts.prepared, *self.parts.kept):
                 if part is not None:
                     part.close()
 

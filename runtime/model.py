@@ -6,6 +6,7 @@ them, make the cache, and check that the file behind the mapping is still the on
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import budget, measure, onnx_wire, prepack, session
@@ -19,6 +20,10 @@ from .card import Card
 from .embedding import EmbeddingModel
 from .errors import BackendError, BudgetError, BundleError, StorageError, UsageError
 from .events import Event, Progress, silent
+from .experts.layout import Index as Experts
+from .experts.store import Options as ExpertOptions
+from .experts.store import Store
+from .experts.store import read_index as read_experts
 from .kernels import DOMAIN, available, lower, missing
 from .language.cache import Cache
 from .language.decoder import Decoder
@@ -33,6 +38,7 @@ _TOKENIZER = 1 << 19  # its code and the heap's slack, beside its tables
 _ENGINE = 16 << 18  # what an ORT environment and session hold, and for each node of the graph:
 _ENGINE_NODE = 4 << 10
 _CODE = 42 << 18  # of the engine and the kernels, where these do the work
+_STACKED, _EXPERTS = ("StackedLinear", "StackedRows"), ("Experts", "RouteExperts")
 _PIECE = 1 << 10  # what whole pages add to a node's weights
 
 
@@ -40,7 +46,7 @@ def load(
     path: str | Path, memory: int | str | None = None, backend: str = "auto", *, context: int | None = None,
     slots: int = 1, kv: str = "fp32", chunk: int | None = None, threads: int = 0, queue: int = 256,
     prepare: bool = True, kernels: str = "auto", profile: str | None = None, part: bool = False,
-    progress: Progress = silent,
+    experts: ExpertOptions | None = None, progress: Progress = silent,
 ) -> LanguageModel | EmbeddingModel | Part:  # fmt: skip
     """Opens a bundle inside `memory` (bytes, "200MB", or None for no budget).
 
@@ -50,7 +56,8 @@ def load(
     folder that is full or cannot be used, which an event reports. `kernels` "ort" uses ONNX Runtime's own operators
     even where ours are there; it needs the cache. `profile` is the prefix of a file of the engine's timings, written by
     close(). With `part` the bundle may be a part of a language model (`shoal convert --blocks`), which is refused
-    otherwise; a whole one is then the part that has all blocks. Of a stack as much is resident as fits.
+    otherwise; a whole one is then the part that has all blocks. Of a stack as much is resident as fits, and of a
+    mixture's experts; `experts` says how the others are read.
     Raises BundleError, BudgetError, BackendError, UsageError, and StorageError where the budget has no room for that.
     """
     started = time.perf_counter()
@@ -69,7 +76,7 @@ def load(
         if part and card.task != "generate":
             raise UsageError(f"{path} is no part of a language model.", "It embeds text.", "Load it as it is.")
         graph_bytes, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
-        ours, index = _ours(kernels, graph_bytes, places), _index(bundle, graph_bytes, places)
+        ours, index = _ours(kernels, graph_bytes, places), _pool(bundle, graph_bytes, places)
         sizes = _sizes(card, graph_bytes, places, prepare, ours, index)
         size = budget.parse_size(memory)
 
@@ -112,15 +119,19 @@ def load(
         parts.products = session.products(opened, places)
         parts.nodes = opened.nodes if profile is not None else ()
         parts.grew("private weights" if sizes.private else "engine", before)
-        if index is not None:
+        handles = {}
+        if isinstance(index, Index):
             parts.stack = undo.enter_context(Stack(bundle))
             parts.stack.set_entries(parts.plan.entries)
-        handle = parts.stack.handle if parts.stack else None
+            handles["stack"] = parts.stack.handle
+        elif index is not None:
+            parts.experts = undo.enter_context(Store(bundle, parts.plan.entries, experts or ExpertOptions()))
+            handles["experts"] = parts.experts.handle
         made: LanguageModel | EmbeddingModel | Part
         if tokenizer and card.task == "embed":
             made = EmbeddingModel(parts, tokenizer, graph)
         else:
-            decoder = Decoder(graph, card, Cache(card, parts.plan.context, slots, kv), parts.plan.chunk, handle)
+            decoder = Decoder(graph, card, Cache(card, parts.plan.context, slots, kv), parts.plan.chunk, handles)
             template = bundle.find("chat_template")
             chat = bundle.bytes(template).decode("utf-8", "replace") if template else ""
             if part or tokenizer is None:
@@ -141,7 +152,7 @@ def plan(
     with Bundle.open(path) as bundle:
         card = Card.from_json(bundle.bytes(bundle.section("card")))
         graph, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
-        ours, index = _ours(kernels, graph, places), _index(bundle, graph, places)
+        ours, index = _ours(kernels, graph, places), _pool(bundle, graph, places)
         sizes = _sizes(card, graph, places, prepare, ours, index)
         size = budget.parse_size(memory)
         return budget.plan(card, sizes, memory=size, context=context, slots=slots, kv=kv, chunk=chunk)
@@ -169,22 +180,27 @@ def _ours(kernels: str, graph: bytes, places: dict[str, session.Place]) -> bool:
     if kernels == "auto" and available():
         return True
     model = session.read(graph, places)
-    if _stacked(model):
+    what = "a stack" if _named(model, *_STACKED) else "experts on flash" if _named(model, *_EXPERTS) else ""
+    if what:
         raise BackendError(
-            "ONNX Runtime's own operators cannot run a stack.",
+            f"ONNX Runtime's own operators cannot run {what}.",
             "Only shoal's kernels can: " + ("kernels='ort' excludes them." if available() else f"{missing()}."),
             "Leave kernels at auto." if available() else "Install a C++ compiler and shoal again, or convert to int4.",
         )  # fmt: skip
     return not lower.is_ours(model)
 
 
-def _stacked(model: onnx_wire.Model) -> list[onnx_wire.Node]:
-    return [node for node in model.nodes if node.domain == DOMAIN and node.op in ("StackedLinear", "StackedRows")]
+def _named(model: onnx_wire.Model, *operators: str) -> list[onnx_wire.Node]:
+    return [node for node in model.nodes if node.domain == DOMAIN and node.op in operators]
 
 
-def _index(bundle: Bundle, graph: bytes, places: dict[str, session.Place]) -> Index | None:
-    """What the stack of this graph holds, checked against the graph; None where it has none. Raises BundleError."""
-    nodes = _stacked(session.read(graph, places))
+def _pool(bundle: Bundle, graph: bytes, places: dict[str, session.Place]) -> Index | Experts | None:
+    """What the stack or the experts of this graph are, checked against the graph; None where it has neither. Raises
+    BundleError."""
+    model = session.read(graph, places)
+    if nodes := _named(model, *_EXPERTS):
+        return _experts(bundle, nodes)
+    nodes = _named(model, *_STACKED)
     if not nodes:
         return None
     index = read_index(bundle)
@@ -200,8 +216,21 @@ def _index(bundle: Bundle, graph: bytes, places: dict[str, session.Place]) -> In
     return index
 
 
+def _experts(bundle: Bundle, nodes: list[onnx_wire.Node]) -> Experts:
+    index = read_experts(bundle)
+    shape = {"hidden": index.precisions[0].gate_up.inputs, "ffn": index.precisions[0].down.inputs}
+    for node in nodes:
+        said = {"experts": index.experts, **(shape if node.op == "Experts" else {})}
+        here = {key: node.integers.get(key, 0) for key in said}
+        if here != said or not 0 <= node.integers.get("layer", -1) < index.layers:
+            why = f"Of the layer {node.integers.get('layer', -1)} its graph and its records say different things."
+            raise BundleError("The bundle's experts cannot be used.", why, "Convert the checkpoint again.")
+    return index
+
+
 def _sizes(
-    card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool, ours: bool, index: Index | None
+    card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool, ours: bool,
+    index: Index | Experts | None,
 ) -> Sizes:  # fmt: skip
     """The bytes that loading this graph brings, by its shapes alone; unless it is `ours`, lowered."""
     model = session.read(graph, places)
@@ -215,6 +244,12 @@ def _sizes(
     fused = any(node.op in ("QuantizedLinear", "StackedLinear") for node in model.nodes)
     repacked = guess.repacked and guess.repacked + _PIECE * len(model.nodes)
     vectors = sum(table.row_bytes for table in tables.pop(ALWAYS))
+    stack: Sequence[int] = (0,)
+    if isinstance(index, Experts):
+        record, count = max(one.record for one in index.precisions), index.layers * index.experts
+        stack = range(0, record * count + 1, record)
+    elif index is not None:
+        stack = tuple(index.sizes())
     gathered = [table for found in tables.values() for table in found]
     return Sizes(
         weights=guess.direct - sum(table.stride * table.rows for table in gathered),
@@ -226,8 +261,9 @@ def _sizes(
         cold=max(guess.cold, 3 * guess.largest) if prepare else guess.cold,
         graph="lowered" if not ours else "fused" if fused else "plain",
         code=_CODE if fused else Sizes.code,
-        stack=tuple(index.sizes()) if index else (0,),
-        floor=index.floor if index else 0,
+        stack=stack,
+        floor=index.floor if isinstance(index, Index) else min(card.top_k, len(stack) - 1),
+        pool="experts" if isinstance(index, Experts) else "stack",
     )
 
 

@@ -8,6 +8,7 @@ nothing about bundles, models or tokens.
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import onnxruntime
 
 from . import kernels, mapped, onnx_wire
-from .errors import BackendError, BundleError, ShoalError, UsageError
+from .errors import BackendError, BundleError, ShoalError, StorageError, UsageError
 from .kernels.layout import PANEL
 from .mapped import ALWAYS, Mapped, Table
 
@@ -369,6 +370,9 @@ def _checked(values: Mapping[str, Value], name: str, array: np.ndarray, exact: b
     return array
 
 
+_EXPERT = re.compile(r"Expert \d+ of layer \d+ cannot be read: [^.]*\.")
+
+
 @contextlib.contextmanager
 def door(what: str, opening: bool = False) -> Iterator[None]:
     """Turns whatever ORT raises (its own classes, RuntimeError, UnicodeDecodeError, ...) into a ShoalError."""
@@ -381,6 +385,11 @@ def door(what: str, opening: bool = False) -> Iterator[None]:
         lowered = why.lower()
         if "failed to allocate" in lowered or "bad_alloc" in lowered or isinstance(error, MemoryError):
             raise BackendError(what, f"Memory ran out: {why}", "Allow a smaller chunk, context or slots.") from None
+        if found := _EXPERT.search(why):  # in the kernels' words (experts.cpp, ops_experts.cpp)
+            if "damaged" in found[0]:
+                raise BundleError("The model cannot go on.", found[0], "Convert the checkpoint again.") from None
+            fix = "Try again; if it stays so, check the disk and convert the checkpoint again."
+            raise StorageError("The model cannot go on.", found[0], fix) from None
         refused = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel", "UnicodeDecodeError")
         if opening and (type(error).__name__ in refused or "external" in lowered):
             raise BundleError(what, why, "Verify the bundle, or convert the checkpoint again.") from None

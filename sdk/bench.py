@@ -245,7 +245,7 @@ def describe(bundle: str):
 
 def step_ranges(model) -> list[tuple[str, int, int]]:
     """Where the weights lie that a decode step reads whole, (path, offset, bytes): what was prepared, and of the bundle
-    the products' and what counts of the stack."""
+    the products', what counts of the stack, and of a mixture as many experts as a token uses, whoever they are."""
     found = []
     if (prepared := model.parts.prepared) and prepared.repacked:
         found.append((str(prepared.path), 0, min(prepared.repacked, os.path.getsize(prepared.path))))
@@ -256,6 +256,13 @@ def step_ranges(model) -> list[tuple[str, int, int]]:
         ]
         entries = (entry for entry in stack.index.entries() if entry.step in live[entry.matrix])
         found += [(path, start + entry.offset, entry.length) for entry in entries]
+    if model.experts:
+        index, path = model.experts.index, str(model.bundle.path)
+        record, start = index.precisions[0], model.bundle.section("experts", "records").offset
+        used = (
+            (layer, expert) for layer in range(index.layers) for expert in range(min(model.card.top_k, index.experts))
+        )
+        found += [(path, start + index.offset(0, *one), record.down_at + record.down.bytes) for one in used]
     return found + [(place.path, offset, length) for place, offset, length in model.parts.products]
 
 

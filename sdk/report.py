@@ -27,6 +27,7 @@ from shoal.runtime.events import Progress, silent
 TOKENS = 2048
 ROW = 512  # tokens of a stretch of the text, as in converters/parity.py
 POINTS = 9
+SLACK = 1.001  # sizes this near are one: entries have headers, 64 bytes each, that integers do not
 RANDOM = "random"
 _SEED = 5
 _MOST = 1 << 16  # points of a curve that is read from a file
@@ -91,7 +92,7 @@ class Order:
     def entries(self, ladder: Iterable[int]) -> list[int]:
         """How many entries to measure with: the floor, all, and the most that each size of `ladder` has room for."""
         sizes = self.sizes()
-        fitting = (bisect_right(sizes, size) - 1 for size in ladder)
+        fitting = (bisect_right(sizes, size * SLACK) - 1 for size in ladder)
         return sorted({self.floor, len(self.matrices), *(count for count in fitting if count >= self.floor)})
 
 
@@ -121,7 +122,7 @@ class Curve:
 
     def at(self, size: int) -> float | None:
         """The perplexity of the largest measured point that fits `size` bytes."""
-        fitting = [point for point in self.points if point.bytes <= size]
+        fitting = [point for point in self.points if point.bytes <= size * SLACK]
         return fitting[-1].perplexity if fitting else None
 
 

@@ -128,3 +128,16 @@ def minilm_bundle(minilm_folder, tmp_path_factory) -> Path:
 def stacked_bundle(tiny_folder, tmp_path_factory) -> Path:
     """`tiny_folder` as a stack of whole matrices and blocks."""
     return _bundle(tiny_folder, tmp_path_factory, "tiny.stack", "hybrid")
+
+
+@pytest.fixture(scope="session")
+def mixture_folder() -> Path:
+    """A mixture of 4 layers of 32 experts, 4 a byte, as samples/train_mixture.py trained it: a Hugging Face folder that
+    is part of the tests, for what random routing cannot show."""
+    return ROOT / "tests" / "data" / "trained_mixture"
+
+
+@pytest.fixture(scope="session")
+def mixture_bundle(mixture_folder, tmp_path_factory) -> Path:
+    """`mixture_folder` in int8."""
+    return _bundle(mixture_folder, tmp_path_factory, "mixture", "int8")

@@ -1,5 +1,5 @@
-"""The Python of README.md, docs/python.md and docs/bitstack.md is run as it stands: blocks in their order, on real
-models, beside an agent that has no edge."""
+"""The Python of README.md and of docs' python.md, bitstack.md and experts.md is run as it stands: blocks in
+their order, on real models, beside an agent that has no edge."""
 
 import re
 import shutil
@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "data"))
 from make_split import split  # noqa: E402
+
+from shoal.converters.convert import convert  # noqa: E402
 
 
 @pytest.fixture
@@ -73,6 +75,12 @@ def test_the_readme_runs(run_page):
 def test_the_page_on_stacks_runs(run_page):
     said = run_page("docs/bitstack.md")
     assert re.search("^[0-9]+ of [0-9]+ entries, [0-9]+ bytes$", said, re.M) and "elastic" in said
+
+
+def test_the_page_on_experts_runs(run_page, tmp_path):
+    convert(ROOT / "tests" / "data" / "tiny" / "olmoe", tmp_path / "model.shoal", "int8", check_parity=False)
+    said = run_page("docs/experts.md")
+    assert "Counters(hits=" in said and Path("model.trace").exists()
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -26,7 +26,7 @@ class Meter:
     def __init__(self, opened: Session, card: Card, stacks: Stacks, rows: Sequence[np.ndarray], stride: int = 1):
         self.stacks, self.rows, self.stride = stacks, rows, stride
         cache = Cache(card, max(map(len, rows)), 1)
-        self._decoder = Decoder(opened, card, cache, CHUNK, stacks.handle)
+        self._decoder = Decoder(opened, card, cache, CHUNK, {"stack": stacks.handle})
         self._reference: list[np.ndarray] = []
 
     def perplexity(self, counts: Sequence[int]) -> float:
@@ -44,10 +44,9 @@ class Meter:
         """KL(all steps || `counts`) in nats a token."""
         if not self._reference:
             tops = [len(one.steps) for one in self.stacks.matrices]
-            self._reference = [found.astype(np.float16) for _, _, found in self._logits(tops)]
+            self._reference = [found.copy() for _, _, found in self._logits(tops)]
         total, number = 0.0, 0
         for (_, _, found), expected in zip(self._logits(counts), self._reference, strict=True):
-            expected = expected.astype(np.float32)
             total += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
             number += len(found)
         return max(total / number, 0.0)

@@ -39,7 +39,6 @@ class Stacks:
         self.matrices: list[Stacked] = []
         self.errors: list[list[float]] = []
         self._payloads: list[list[np.ndarray]] = []
-        self._ranks: dict[tuple[int, ...], int] = {}
         self._registry: kernels.Stack | None = None
         self._counts: list[int] = []
 
@@ -47,13 +46,14 @@ class Stacks:
         """Whether the next `count` matrices are in the work folder already."""
         return all(self.work.has(len(self.matrices) + at) for at in range(count))
 
-    def add(self, label: str, rows: Callable[[], np.ndarray], moments: np.ndarray | None) -> int:
+    def add(self, label: str, rows: Callable[[], np.ndarray], moments: list[np.ndarray]) -> int:
         """Makes the next matrix, or takes it from the work folder, and returns its number. `rows()` gives it whole,
-        fp32 [outputs, inputs]; `moments` are its inputs' second moments [inputs, inputs], which it may overwrite."""
+        fp32 [outputs, inputs]; `moments` are its inputs' second moments [inputs, inputs] at each of the `levels`, which
+        it takes over."""
         at = len(self.matrices)
         kept = self.work.load(at)
         if kept is None:
-            if moments is None:
+            if len(moments) != len(self.levels):
                 raise ConvertError(f"{label} cannot be stacked.", "Nothing is known of its inputs.", "Convert again.")
             payloads, kept = self._make(rows(), moments)
             self.work.save(at, payloads, kept)
@@ -61,8 +61,6 @@ class Stacks:
             if kept is None:
                 raise ConvertError(f"{label} was not stored.", "Its file changed.", "Convert again.")
         inputs, outputs, rotated = kept["inputs"], kept["outputs"], kept["rotated"]
-        # One rank for all of a shape: the first is as good a trial as any
-        self._ranks.setdefault((outputs, inputs), kept["rank"])
         steps = tuple(_step(raw, inputs, outputs, rotated) for raw in kept["steps"])
         self.matrices.append(Stacked(label, inputs, outputs, rotated, steps))
         self.errors.append(kept["errors"])
@@ -74,6 +72,11 @@ class Stacks:
         return next((step.rank for step in self.matrices[matrix].steps if isinstance(step, StackFormat)), 1)
 
     @property
+    def levels(self) -> list[int]:
+        """After how many steps the matrices of the blocks before tell what a matrix's inputs are."""
+        return self.ladder.levels
+
+    @property
     def floors(self) -> list[int]:
         """How many steps each matrix needs at least."""
         return [self.ladder.floor] * len(self.matrices)
@@ -81,7 +84,9 @@ class Stacks:
     @property
     def handle(self) -> int:
         """What names the matrices as they are `set`, at first with all their steps."""
-        if self._registry is None:
+        if self._registry is None or len(self._counts) < len(self.matrices):
+            if self._registry is not None:
+                self._registry.close()
             self._registry = kernels.Stack(len(self.matrices))
             self._counts = [0] * len(self.matrices)
             self.set([len(one.steps) for one in self.matrices])
@@ -116,14 +121,18 @@ class Stacks:
         self._payloads.clear()
         self.work.close()
 
-    def _make(self, weights: np.ndarray, moments: np.ndarray) -> tuple[list, dict]:
+    def _make(self, weights: np.ndarray, moments: list[np.ndarray]) -> tuple[list, dict]:
         outputs, inputs = weights.shape
         ladder, rotated = self.ladder, int(inputs % BLOCK == 0)
-        feedback = gptq.Feedback(moments, -(-inputs // BLOCK) * BLOCK, bool(rotated))
         domain = rotate(weights) if rotated else weights
-        rank = ladder.rank or self._ranks.get(weights.shape) or best_rank(domain, feedback, ladder.first or 1)
-        format = StackFormat(inputs, outputs, rank, rotated)
+
+        def next_level() -> gptq.Feedback:
+            return gptq.Feedback(moments.pop(0), -(-inputs // BLOCK) * BLOCK, bool(rotated))
+
+        feedback = next_level()
+        rank = ladder.rank or best_rank(domain, feedback, ladder.first or 1)
         left = Residual(domain.copy(), feedback)
+        format = StackFormat(inputs, outputs, rank, rotated)
         payloads: list = []
         steps: list[dict] = []
         errors = [left.error]
@@ -133,6 +142,7 @@ class Stacks:
             errors.append(left.error if at == ladder.first - 1 else errors[0])
             steps.append({"rank": rank})
         for rung in ladder.rungs:
+            feedback = next_level() if steps else feedback
             layout = rung.layout(inputs, outputs)
             rounding = gptq.Rounding(feedback, rung)
             parts = [rounding.quantize(weights[start : start + _ROWS]) for start in range(0, outputs, _ROWS)]
@@ -143,6 +153,8 @@ class Stacks:
             left.take(_in_domain(layout, codes))
             errors.append(left.error)
         for at in range(ladder.blocks):
+            if len(steps) + 1 > self.levels[-1 - len(moments)] and moments:
+                left.weigh(next_level())
             swept = 1 if at < _SWEPT else 0
             payloads.append(pack(format, *left.block(rank, swept)))
             errors.append(left.error)

@@ -56,6 +56,11 @@ class GGUFFile:
             )
         if weight.heads and info.shape[0] % (2 * weight.heads):
             raise self._refuse(f"{name} has {info.shape[0]} rows, which {weight.heads} heads cannot share.")
+        if weight.row:
+            return self._dequantize(
+                np.frombuffer(weight.tensor.data, np.uint8, info.bytes, weight.tensor.offset).reshape(1, -1),
+                weight.tensor, info.shape[1],
+            )[start:stop]  # fmt: skip
         chosen = (
             gguf_config.interleaved(start, stop, info.shape[0], weight.heads) if weight.heads else slice(start, stop)
         )
@@ -135,7 +140,8 @@ class GGUFFile:
     def _info(self, weight: Weight) -> TensorInfo:
         tensor = weight.tensor
         if weight.expert is None:
-            return TensorInfo(tensor.shape, tensor.type.name, tensor.bytes)
+            shape = (1, *tensor.shape) if weight.row else tensor.shape
+            return TensorInfo(shape, tensor.type.name, tensor.bytes)
         return TensorInfo(tensor.shape[1:], tensor.type.name, tensor.bytes // tensor.shape[0])
 
     def _dequantize(self, raw: np.ndarray, tensor: Tensor, width: int) -> np.ndarray:

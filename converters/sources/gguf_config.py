@@ -25,6 +25,8 @@ MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
+    "olmoe": "olmoe",
+    "smallthinker": "smallthinker",
 }
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -54,8 +56,21 @@ _SPECIAL = {
         "ffn_norm": "pre_feedforward_layernorm",
         "post_attention_norm": "post_attention_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
-    }
+    },
+    "llama": {  # Mixtral, which llama.cpp keeps under this name
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.*.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.*.w2",
+    },
+    "smallthinker": {
+        "ffn_gate_inp": "block_sparse_moe.primary_router",
+        "ffn_gate_exps": "block_sparse_moe.experts.*.gate",
+        "ffn_up_exps": "block_sparse_moe.experts.*.up",
+        "ffn_down_exps": "block_sparse_moe.experts.*.down",
+    },
 }
+_SQUEEZED = "ffn_gate_inp_shexp"  # a matrix of one row, which llama.cpp's conversion made a vector
 _NAME = re.compile(r"(?:blk\.(0|[1-9]\d{0,3})\.)?([a-z_]+)\.(weight|bias)", re.ASCII)
 _MOST_EXPERTS, _MOST_NAMES = 1 << 12, 1 << 20
 
@@ -67,17 +82,19 @@ _ENDS = frozenset(
     ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>")
 )
 _CONTROL = 3
+_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's gating functions
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a Hugging Face tensor lies: in `tensor`, or in its `expert`-th slice. With `heads`, the rows of each head
-    are interleaved; `offset` was added to every value."""
+    """Where a Hugging Face tensor lies: in `tensor`, or in its `expert`-th slice, or as a vector that is the only `row`
+    of a matrix. With `heads`, the rows of each head are interleaved; `offset` was added to every value."""
 
     tensor: Tensor
     expert: int | None = None
     heads: int = 0
     offset: float = 0.0
+    row: bool = False
 
 
 def weights(
@@ -112,6 +129,8 @@ def weights(
                 add(target.replace("*", str(expert)), Weight(tensor, expert))
         elif architecture == "llama" and match[2] in ("attn_q", "attn_k"):
             add(target, Weight(tensor, heads=heads if match[2] == "attn_q" else kv_heads))
+        elif match[2] == _SQUEEZED and len(tensor.shape) == 1:
+            add(target, Weight(tensor, row=True))
         else:
             add(target, Weight(tensor, offset=1.0 if architecture == "gemma3" and "norm" in match[2] else 0.0))
     return found
@@ -179,15 +198,59 @@ def config(architecture: str, metadata: Metadata, tensors: dict[str, Tensor], re
     if integer("attention.value_length", head_dim) != head_dim:
         values["v_head_dim"] = integer("attention.value_length")
     if experts:
-        values["num_experts"] = experts
-        values["num_experts_per_tok"] = integer("expert_used_count", high=experts)
-        values["moe_intermediate_size"] = integer("expert_feed_forward_length", None)
-        values["shared_expert_intermediate_size"] = integer("expert_shared_feed_forward_length", None)
-        values["norm_topk_prob"] = architecture == "qwen3moe"  # not in the file: llama.cpp's graph says so
+        values |= _experts(architecture, metadata, tensors, experts, blocks)
+    if architecture == "smallthinker":
+        values |= _smallthinker(metadata, blocks)
     if architecture == "gemma3":
         values |= _gemma3(metadata, blocks, hidden, heads, head_dim, refuse)
     values |= _vocabulary(architecture, metadata, tensors, refuse)
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _experts(
+    architecture: str, metadata: Metadata, tensors: dict[str, Tensor], experts: int, blocks: int
+) -> dict:  # fmt: skip
+    """What a mixture of so many experts says of them. Files older than the keys leave the widths to the tensors, and
+    all files which blocks have no experts."""
+
+    def width(key: str, tensor: str) -> int | None:
+        found = metadata.integer(f"{architecture}.{key}", 0, 0, 1 << 24)
+        names = (name for name in tensors if re.fullmatch(rf"blk\.\d+\.{tensor}\.weight", name, re.ASCII))
+        shape = tensors[name].shape if (name := next(names, None)) is not None and not found else (0, 0)
+        return found or (shape[-2] if len(shape) > 1 else 0) or None
+
+    chosen = metadata.integer(f"{architecture}.expert_used_count", REQUIRED, 1, experts)
+    ffn = width("expert_feed_forward_length", "ffn_gate_exps")
+    if architecture == "smallthinker":
+        sigmoid = metadata.integer("smallthinker.expert_gating_func", _SOFTMAX, _SOFTMAX, _SIGMOID) == _SIGMOID
+        return {
+            "moe_num_primary_experts": experts, "moe_num_active_primary_experts": chosen, "moe_ffn_hidden_size": ffn,
+            "moe_primary_router_apply_softmax": not sigmoid,
+        }  # fmt: skip
+    found = {
+        "num_local_experts" if architecture == "llama" else "num_experts": experts, "num_experts_per_tok": chosen,
+        "moe_intermediate_size": ffn,
+        "shared_expert_intermediate_size": width("expert_shared_feed_forward_length", "ffn_gate_shexp"),
+        "norm_topk_prob": architecture == "qwen3moe",  # not in the file: llama.cpp's graph says so
+    }  # fmt: skip
+    dense = [block for block in range(blocks) if f"blk.{block}.ffn_gate_inp.weight" not in tensors]
+    if 0 < len(dense) < blocks:
+        found["mlp_only_layers"] = dense
+    if architecture in ("llama", "olmoe") and ffn is not None:
+        found["intermediate_size"] = ffn
+    return found
+
+
+def _smallthinker(metadata: Metadata, blocks: int) -> dict:
+    """What llama.cpp knows about SmallThinker: where there is a window, every fourth block from the first on sees
+    everything and no positions, the others the window."""
+    window = metadata.integer("smallthinker.attention.sliding_window", 0, low=0)
+    period = metadata.integer("smallthinker.attention.sliding_window_pattern", 4, low=1)
+    windowed = [int(bool(window) and block % period != 0) for block in range(blocks)]
+    return {
+        "sliding_window_layout": windowed, "sliding_window_size": window or None,
+        "rope_layout": [int(not window or block % 4 != 0) for block in range(blocks)],
+    }  # fmt: skip
 
 
 def _gemma3(metadata: Metadata, blocks: int, hidden: int, heads: int, head_dim: int, refuse: Refuse) -> dict:

@@ -22,8 +22,10 @@ MAX_GRAPHS = 1024
 MAX_NAME = 255
 MAX_GAPS = 64 << 20  # all gaps together: opening a file reads them, so a hostile one must not hold gigabytes
 
-KINDS = frozenset({"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity", "modes", "stack"})
-RESERVED = frozenset({"experts", "codec", "adapter", "context_binary", "signature"})
+KINDS = frozenset(
+    {"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity", "modes", "stack", "experts"}
+)
+RESERVED = frozenset({"codec", "adapter", "context_binary", "signature"})
 
 _WORD = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ..bitstack.layout import StackFormat
 
 DOMAIN = "shoal"
-OPERATORS = frozenset({"QuantizedLinear", "QuantizedRows", "CachedAttention", "StackedLinear", "StackedRows"})
+OPERATORS = frozenset(
+    {"QuantizedLinear", "QuantizedRows", "CachedAttention", "StackedLinear", "StackedRows", "Experts", "RouteExperts"}
+)
 LIBRARY = Path(__file__).with_name("libshoal_kernels.so")
 _WHY = {1: "the format or the size of an array is impossible", 2: "memory ran out", 3: "this machine lacks that path",
         4: "a row is out of range"}  # fmt: skip
@@ -37,6 +39,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         library.shoal_buffer_register.restype = ctypes.c_int64
         library.shoal_stack_register.restype = ctypes.c_int64
         library.shoal_peak.restype = ctypes.c_double
+        library.shoal_experts_open.restype = library.shoal_experts_traced.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"it cannot be loaded: {error}"
     return library, ""
@@ -209,6 +212,23 @@ class Stack:
         self._payloads.clear()
 
 
+def open_experts(*arguments) -> int:
+    """A store's handle (experts_capi.cpp), or below 0 a number of errno's."""
+    return _library().shoal_experts_open(*arguments)
+
+
+def experts_do(function: str, handle: int, *arguments) -> int:
+    """What a function of the library returns for a store."""
+    return getattr(_library(), function)(ctypes.c_int64(handle), *arguments)
+
+
+def traced_experts(handle: int, layer: int, kind: int, to: np.ndarray | None) -> int:
+    """How many numbers a store kept of a layer, and them in `to`."""
+    return _library().shoal_experts_traced(
+        ctypes.c_int64(handle), ctypes.c_int(layer), ctypes.c_int(kind), None if to is None else _pointer(to)
+    )
+
+
 class _Blocks:
     """Of a stacked matrix: what the C functions are given. The arrays live as long as this does."""
 
@@ -223,6 +243,11 @@ class _Blocks:
             small(len(self._payloads)), small(of.bits), count(of.group), count(of.span), _pointer(self._base),
             count(0 if self._base is None else self._base.nbytes),
         )  # fmt: skip
+
+
+def call(function: str, *arguments) -> None:
+    """Calls a function of the library that returns 0 where it was done. Raises BackendError where it was not."""
+    _done(getattr(_library(), function)(*arguments))
 
 
 def _library() -> ctypes.CDLL:

@@ -22,7 +22,7 @@ _WARNINGS = ["-Wall", "-Wextra"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"]
 _FLAGS = {
     "x86_64": {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx2": ["-mavx2", "-mfma", "-mf16c", "-mpclmul"],
         "avx512": _AVX512,
         "amx": [*_AVX512, "-mamx-tile", "-mamx-int8"],
     },

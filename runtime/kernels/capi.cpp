@@ -42,7 +42,7 @@ SHOAL_API int shoal_linear(const char* path, int64_t inputs, int64_t outputs, in
                            const float* norm, float epsilon, const float* bias, const float* residual, int activation,
                            float* y, int threads) {
   LinearFormat format{inputs, outputs, bits, group, span, rotated != 0};
-  if (!format.valid() || weight_bytes < format.bytes() || rows < 0 || activation < 0 || activation > 3) return kFormat;
+  if (!format.valid() || weight_bytes < format.bytes() || rows < 0 || activation < 0 || activation > 4) return kFormat;
   if (activation && (outputs % (2 * kPanel) || bias || residual)) return kFormat;
   const LinearPath* chosen = path ? linear_path(path) : &linear_path();
   if (!chosen) return kPath;
@@ -73,7 +73,7 @@ SHOAL_API int shoal_stacked(const char* path, int64_t inputs, int64_t outputs, i
   const LinearFormat base_format{inputs, outputs, bits, group, span, rotated != 0};
   if (!format.valid() || count < 0 || count > kStackLevels || (count && payload_bytes < format.bytes())) return kFormat;
   if (base ? !base_format.valid() || base_bytes < base_format.bytes() : !count) return kFormat;
-  if (rows < 0 || activation < 0 || activation > 3) return kFormat;
+  if (rows < 0 || activation < 0 || activation > 4) return kFormat;
   if (activation && (outputs % (2 * kPanel) || bias || residual)) return kFormat;
   const LinearPath* linear = path ? linear_path(path) : &linear_path();
   const StackPath* stack = path ? stack_path(path) : &stack_path();

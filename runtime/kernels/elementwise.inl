@@ -52,6 +52,8 @@ inline float gelu(float x) {
   return x < 0 ? x * half : x * (1.0f - half);
 }
 
+inline float relu(float x) { return x > 0 ? x : 0; }
+
 template <float (*Function)(float)>
 void gate_with(const float* sums, int64_t ld, int64_t rows, float* y, int64_t columns) {
   for (int64_t row = 0; row < rows; ++row)
@@ -67,6 +69,7 @@ void finish_any(const LinearFormat& f, const LinearCall& call, const float* sums
     switch (call.activation) {
       case Activation::silu: return gate_with<silu>(sums, ld, rows, y, columns);
       case Activation::gelu: return gate_with<gelu>(sums, ld, rows, y, columns);
+      case Activation::relu: return gate_with<relu>(sums, ld, rows, y, columns);
       default: return gate_with<gelu_tanh>(sums, ld, rows, y, columns);
     }
   }

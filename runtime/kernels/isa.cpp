@@ -74,7 +74,7 @@ Isa detect(int allowed) {
   auto has = [](unsigned value, unsigned bits) { return (value & bits) == bits; };
   Isa isa{};
   const Registers basic(1), extended(7);
-  if (!has(basic.ecx, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C)) return isa;
+  if (!has(basic.ecx, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C | bit_PCLMUL)) return isa;
   const unsigned saved = saved_state();
   isa.avx2 = allowed >= 1 && has(extended.ebx, bit_AVX2) && has(saved, 0x6);
   isa.avx512 = allowed >= 2 && isa.avx2 && has(saved, 0xe0) &&

@@ -75,7 +75,7 @@ struct Activations {
   }
 };
 
-enum class Activation : int { none = 0, silu = 1, gelu = 2, gelu_tanh = 3 };
+enum class Activation : int { none = 0, silu = 1, gelu = 2, gelu_tanh = 3, relu = 4 };
 
 // One product. With an activation the panels alternate between gate and up (of the same 16 outputs) and
 // y = activation(gate) * up has outputs / 2 columns; then there is neither bias nor residual.

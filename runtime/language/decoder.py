@@ -7,6 +7,7 @@ nothing about text, sampling or requests.
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,12 +21,12 @@ _KEPT = 8  # shapes whose bindings stay: decode batches and the full chunk
 
 
 class Decoder:
-    """`graph` is an open session of the decode role; `chunk` is the most tokens that one prefill step takes; `stack`
-    is the handle of the blocks that a stacked graph multiplies by."""
+    """`graph` is an open session of the decode role; `chunk` is the most tokens that one prefill step takes; `handles`
+    name what lies outside of the graph, by its inputs: the `stack` it multiplies by, the store of its `experts`."""
 
-    def __init__(self, graph: Session, card: Card, cache: Cache, chunk: int, stack: int | None = None):
+    def __init__(self, graph: Session, card: Card, cache: Cache, chunk: int, handles: Mapping[str, int] | None = None):
         self.graph, self.card, self.cache, self.chunk = graph, card, cache, chunk
-        self.stack = None if stack is None else np.array([stack], np.int64)
+        self.handles = {name: np.array([handle], np.int64) for name, handle in (handles or {}).items()}
         self._bound: OrderedDict[tuple, _Bound] = OrderedDict()
         self.tables = [rotary(rope, cache.context) for rope in card.ropes]
         self.logits = np.zeros((cache.slots if card.has_head else 0, card.vocab), np.float32)
@@ -97,8 +98,8 @@ class _Bound:
         binding.input("hidden" if card.span.start else "tokens", self.x)
         for name, array in (("last", self.last), ("total", self.total)):
             binding.input(name, array)
-        if decoder.stack is not None:
-            binding.input("stack", decoder.stack)
+        for name, handle in decoder.handles.items():
+            binding.input(name, handle)
         for index, (cos, sin) in enumerate(decoder.tables):
             binding.input(f"cos_{index}", cos)
             binding.input(f"sin_{index}", sin)

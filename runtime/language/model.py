@@ -11,12 +11,17 @@ iterates it; its `cancel` may be called from any.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from .. import measure
 from ..budget import Plan, parse_size
 from ..errors import BudgetError, BusyError, UsageError
+from ..experts.trace import Trace
 from ..loaded import Loaded
 from .decoder import Decoder
 from .prompt import Prompt, Prompts
@@ -36,9 +41,12 @@ class LanguageModel(Prompts, Loaded):
         super().__init__(parts)
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.scheduler = Scheduler(decoder, queue=queue)
+        self._begun: list[int] | None = None  # of the experts' trace: the first token of each sequence
         self._context = self.plan.context  # what is asked for, where a stack's floor leaves room for it
         if self.stack is not None:
             self.stack.between = self.scheduler.reweigh
+        if self.experts is not None:
+            self.experts.between = self.scheduler.exclusively
 
     def generate(
         self, prompt: Prompt, *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
@@ -72,6 +80,11 @@ class LanguageModel(Prompts, Loaded):
             ends=frozenset(() if ignore_end else self.card.eos), slide=overflow == "slide", top=logprobs,
             constraint=constraint,
         )  # fmt: skip
+        if self.experts is not None:
+            if self._begun is not None:
+                self._begun.append(self.experts.recorded(self.card.top_k))
+            if self.plan.slots == 1:  # what the last conversation used counts no more
+                self.experts.restart()
         self.scheduler.submit(request)
         return Generation(self.scheduler, request, timeout)
 
@@ -111,13 +124,39 @@ class LanguageModel(Prompts, Loaded):
 
     def set_memory(self, memory: "int | str") -> Plan:
         """Grows or shrinks the elastic rows to a new budget between two steps, while answers go on: the context or, of
-        a model that has one, the stack, and then the context only where not even the stack's floor fits beside it.
+        a model that has them, the stack or the slots for experts, and then the context only where not even the fewest
+        of these fit beside it.
 
         Reading and verifying blocks is done beside the steps, by this thread. Raises BudgetError, where live answers
         need more than would remain, and BundleError for a damaged block; nothing has changed then.
         """
-        keep = self._context if self.stack is not None else None
+        keep = self._context if self.elastic is not None else None
         return self._resize(memory=parse_size(memory), context=None, keep=keep)
+
+    @contextmanager
+    def trace_experts(
+        self, path: str | PathLike, *, tokens: int = 1 << 16, scores: bool = True, inputs: bool = False
+    ) -> Iterator[None]:
+        """Records which experts the tokens of this block's work go to, and writes the trace to `path` at its end: of up
+        to `tokens` of them, the router's `scores` and the experts' `inputs` where they are wanted (Trace has shapes). A
+        sequence is what ran between two calls of generate, so answers should come one after the other.
+        Raises UsageError for a model without experts, and for a block in which nothing ran."""
+        if self.experts is None:
+            raise UsageError("The model has no experts.", "It is not a mixture.", "Name a bundle of one that is.")
+        store, card = self.experts, self.card
+        store.record_routing(tokens, scores=scores, inputs=inputs)
+        self._begun = [0]
+        try:
+            yield
+            kept = store.routing(card.top_k, card.hidden)
+            begun = sorted({start for start in self._begun if start < len(kept["ids"])})
+        finally:
+            store.record_routing(0)
+            self._begun = None
+        Trace(
+            card.name, card.experts, kept["ids"], np.array(begun, np.int64), _half(kept.get("scores")),
+            _half(kept.get("inputs")), store.record,
+        ).save(path)  # fmt: skip
 
     def follow_memory(self, **options) -> "Watcher":
         """Lets the budget follow the system's memory from now on, by itself; close() ends it, the model's does too.
@@ -132,7 +171,7 @@ class LanguageModel(Prompts, Loaded):
         """Like set_memory, by the length of the context; within a budget the stack makes room for it."""
         with self._resizing:
             memory = self.plan.memory
-            entries = self.plan.entries if memory is None and self.stack is not None else None
+            entries = self.plan.entries if memory is None and self.elastic is not None else None
         plan = self._resize(memory=memory, context=context, entries=entries)
         self._context = plan.context
         return plan
@@ -158,8 +197,8 @@ class LanguageModel(Prompts, Loaded):
             return plan
 
     def _move_stack(self, plan: Plan) -> None:
-        if self.stack is not None and plan.entries != self.stack.entries:
-            self.stack.set_entries(plan.entries)
+        if self.elastic is not None and plan.entries != self.elastic.entries:
+            self.elastic.set_entries(plan.entries)
 
     def _move_cache(self, plan: Plan) -> None:
         def work() -> None:
@@ -192,6 +231,11 @@ class LanguageModel(Prompts, Loaded):
         self.scheduler.close()
         self.scheduler.exclusively(self.scheduler.decoder.close)
         super().close()
+
+
+def _half(array: np.ndarray | None) -> np.ndarray | None:
+    """In fp16, as traces keep it; what is beyond that as its largest."""
+    return None if array is None else array.clip(-65504, 65504).astype(np.float16)
 
 
 class Generation(Iterator[Token]):

@@ -18,6 +18,16 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
+def _shares(text: str) -> list[float]:
+    try:
+        found = [float(part) / 100 for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of percentages such as 50,25") from None
+    if any(not 0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text!r} has what is not above 0 and up to 100")
+    return found
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_bundle(parser)
     parser.add_argument("-p", "--prompt", type=_numbers, default=[512], metavar="N,..", help="prompt lengths (512)")
@@ -35,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", type=int, metavar="N", help="instead: the tests at N sizes of a stacked bundle, floor to all of it"
     )
     parser.add_argument("--beside", metavar="BUNDLE", help="with --sizes: another bundle, in turn with each size")
+    parser.add_argument(
+        "--experts", type=_shares, metavar="PERCENT,..", help="instead: a mixture with so much of its experts in memory"
+    )
+    parser.add_argument("--rate", metavar="SIZE", help="with --experts: read at most so many bytes a second")
+    parser.add_argument("--direct", action="store_true", help="with --experts: read past the page cache")
+    parser.add_argument("--policy", default="hobbit", metavar="NAME", help="with --experts: who leaves a slot (hobbit)")
+    parser.add_argument("--predictor", default="", metavar="FILE", help="with --experts: guesses by these matrices")
     options.add_json(parser)
     against = parser.add_argument_group("comparison")
     against.add_argument("--against", action="append", default=[], metavar="ENGINE=MODEL",
@@ -62,6 +79,8 @@ def run(arguments: argparse.Namespace, show) -> int:
         raise UsageError(f"threads is {arguments.threads}.", "It must be from 0 to 1024.", "Correct it.")
     if arguments.beside is not None and arguments.sizes is None:
         raise UsageError("--beside was given without --sizes.", "It is compared size by size.", "Give both.")
+    if arguments.experts is not None:
+        return _experts(arguments, show)
     if arguments.profile:
         return _profile(arguments, show)
     tests = []
@@ -94,6 +113,23 @@ def _sizes(arguments: argparse.Namespace, tests: list, show) -> int:
     )  # fmt: skip
     show.json(found)
     show.text(bench_stack.render(found))
+    return 0
+
+
+def _experts(arguments: argparse.Namespace, show) -> int:
+    from shoal.runtime.budget import parse_size
+    from shoal.runtime.experts.store import Options
+
+    from .. import bench_experts
+
+    found = bench_experts.measure(
+        arguments.bundle, shares=arguments.experts, tokens=max(arguments.generate[0], 2), threads=arguments.threads,
+        repetitions=arguments.repetitions, progress=show.progress, kv=arguments.kv,
+        options=Options(arguments.policy, rate=parse_size(arguments.rate) or 0, direct=arguments.direct,
+                        predictor=arguments.predictor),
+    )  # fmt: skip
+    show.json(found)
+    show.text(bench_experts.render(found))
     return 0
 
 

@@ -3,18 +3,23 @@ opening, the first time or later, nor the longest prompt takes a process over it
 own, since memory that another test left in the heap would hide in a row."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import shoal
-from shoal.runtime import budget
+from shoal.runtime import budget, kernels
 from shoal.runtime.budget import MIB
 from shoal.runtime.errors import BudgetError
 from shoal.runtime.model import plan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+TINY = Path(__file__).parents[1] / "data" / "tiny"
 
 CELL = """
 import json, random, sys, threading
@@ -101,6 +106,48 @@ def test_so_they_do_with_other_kernels_the_first_time_and_where_nothing_is_prepa
         plan(smollm2_bundle, 200_000_000, **options, prepare=False)  # its originals are read beside the copies
     found = measured(smollm2_bundle, memory=250_000_000, **options, prepare=False)
     assert max(found["resident"], *found["peaks"].values()) <= 250_000_000
+
+
+def mixture(folder: Path) -> Path:
+    """A Hugging Face folder of 4 layers of 32 experts with random weights, 0.4 MiB each in four bits."""
+    shutil.copytree(TINY / "qwen3_moe", folder)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
+        "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    experts = [f"mlp.experts.{e}.{part}_proj" for e in range(32) for part in ("gate", "up", "down")]
+    shapes = dict.fromkeys(["self_attn.q_proj", "self_attn.o_proj", *experts], (512, 512)) | {
+        "self_attn.k_proj": (128, 512), "self_attn.v_proj": (128, 512), "mlp.gate": (32, 512),
+        "self_attn.q_norm": (64,), "self_attn.k_norm": (64,),
+        "input_layernorm": (512,), "post_attention_layernorm": (512,),
+    }  # fmt: skip
+    whole = {
+        "model.norm": (512,),
+        "model.embed_tokens": (config["vocab_size"], 512),
+        "lm_head": (config["vocab_size"], 512),
+    }
+    whole |= {f"model.layers.{layer}.{name}": shape for layer in range(4) for name, shape in shapes.items()}
+    random = np.random.default_rng(0)
+    tensors = {f"{name}.weight": random.standard_normal(shape, np.float32) / 20 for name, shape in whole.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.missing()}")
+def test_experts_hold_what_was_planned(tmp_path):
+    """Whatever the share of slots, a prompt that goes to all experts stays within the budget."""
+    bundle = tmp_path / "m.shoal"
+    shoal.convert(mixture(tmp_path / "mixture"), bundle, "int4", check_parity=False)
+    whole = plan(bundle, context=700)
+    of_experts = next(row.bytes for row in whole.rows if row.name == "experts")
+    assert of_experts > 50 * MIB
+    for share in (1, 0.5, 0.125):
+        memory = whole.total - int(of_experts * (1 - share))
+        found = measured(bundle, memory=memory, context=700)
+        planned = next(row["bytes"] for row in found["plan"]["rows"] if row["name"] == "experts")
+        assert abs(planned - of_experts * share) <= MIB and abs(found["rows"]["experts"] - planned) <= MIB
+        assert max(found["resident"], found["anonymous"], *found["peaks"].values()) <= memory
 
 
 @pytest.mark.deep

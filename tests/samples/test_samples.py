@@ -1,11 +1,14 @@
 """Every sample is run as a person runs it, on a real model."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from shoal.converters.convert import convert
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SAMPLES = ROOT / "samples"
@@ -19,7 +22,7 @@ def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 def test_every_sample_is_here():
     tested = {"stream", "chat", "batch", "constrained", "embed", "budget", "elastic", "quickstart",
-              "edge_camera", "split_chat"}  # fmt: skip
+              "edge_camera", "split_chat", "mixture", "train_mixture"}  # fmt: skip
     support = {"environment", "models", "reader", "wires"}
     assert {path.stem for path in SAMPLES.glob("*.py")} == tested | support
 
@@ -63,6 +66,48 @@ def test_elastic_answers_from_what_there_is(stacked_bundle):
 
 def test_elastic_needs_a_stack(tiny_bundle):
     assert "no stack" in run(SAMPLES / "elastic.py", tiny_bundle, code=1).stderr
+
+
+def perplexity(source: Path, folder: Path) -> float:
+    """Of a checkpoint in fp32."""
+    return convert(source, folder / "model.shoal", "fp32", overwrite=True).parity["perplexity"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_mixture_with_every_expert_on_is_the_dense_model(family, tiny_folder, tmp_path):
+    dense = tiny_folder.parent / family
+    said = run(SAMPLES / "mixture.py", dense, tmp_path / "all", "--experts", 4, "--top", 4).stdout
+    assert said.count("the first third of the experts gives") == 3
+    assert perplexity(tmp_path / "all", tmp_path) == pytest.approx(perplexity(dense, tmp_path), rel=1e-5)
+    run(SAMPLES / "mixture.py", dense, tmp_path / "one", "--experts", 4, "--top", 1)
+    assert perplexity(tmp_path / "one", tmp_path) != pytest.approx(perplexity(dense, tmp_path), rel=1e-3)
+
+
+@pytest.mark.deep
+def test_smollm2_as_a_mixture(smollm2_gguf, tmp_path):
+    """All on, it is SmolLM2; of what its experts give the router finds more than chance does, in every block."""
+    said = run(SAMPLES / "mixture.py", smollm2_gguf, tmp_path / "all", "--top", 24).stdout
+    shares = [int(line.rsplit(" ", 1)[1][:-1]) for line in said.splitlines()]
+    assert len(shares) == 30 and min(shares) > 36 and sum(shares) / 30 > 42
+    report = convert(tmp_path / "all", tmp_path / "model.shoal", "int8")
+    assert report.parity["perplexity"] == pytest.approx(report.parity["source_perplexity"], rel=0.01)
+
+
+@pytest.mark.deep
+def test_a_mixture_is_trained(mixture_folder, tmp_path):
+    """In a few steps it is no good yet, but all that the tests' own has, in the same bytes every time."""
+    pytest.importorskip("torch", reason="torch is not installed (pip install 'shoal[train]')")
+    for name in ("a", "b"):
+        said = run(SAMPLES / "train_mixture.py", tmp_path / name, "--steps", 3).stdout
+        assert "step 3 of 3" in said and said.count("of the neurons are 0") == 4
+    for path in mixture_folder.iterdir():
+        made, again = ((tmp_path / name / path.name).read_bytes() for name in ("a", "b"))
+        assert made == again
+        if path.name in ("config.json", "tokenizer.json"):
+            assert made == path.read_bytes()
+    figures = json.loads((tmp_path / "a" / "figures.json").read_text())
+    # Of other stretches of the same text
+    assert math.log2(perplexity(tmp_path / "a", tmp_path)) == pytest.approx(figures["bits_per_byte"], abs=0.3)
 
 
 in_venv = pytest.mark.skipif(

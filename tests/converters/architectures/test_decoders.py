@@ -1,4 +1,4 @@
-"""Every family of decoders against transformers, on random models of its shape (tests/data/make_tiny.py)."""
+"""Every family of decoders against its original, on random models of its shape (tests/data/make_*.py)."""
 
 import json
 
@@ -9,6 +9,7 @@ from shoal.converters.architectures import Config, decoder
 from shoal.converters.recipe import Format, Recipe
 
 FAMILIES = ("llama", "llama3", "qwen2", "qwen2-yarn", "qwen3", "gemma3")
+MIXTURES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "smallthinker", "shoal_moe")
 
 
 def reference(tiny, family: str) -> dict[str, np.ndarray]:
@@ -16,7 +17,7 @@ def reference(tiny, family: str) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MIXTURES)
 def test_logits_equal_the_original(converted, tiny, family):
     expected = reference(tiny, family)
     model = converted(tiny / family)
@@ -25,7 +26,7 @@ def test_logits_equal_the_original(converted, tiny, family):
     np.testing.assert_allclose(logits[0], expected["logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MIXTURES)
 def test_chunks_and_single_tokens_continue_a_prompt(converted, tiny, family):
     expected = reference(tiny, family)
     tokens = expected["tokens"][None]

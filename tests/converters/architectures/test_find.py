@@ -99,6 +99,8 @@ def test_what_is_not_supported_is_named(changes, named):
     assert named in caught.value.why + caught.value.fix
 
 
+FAMILIES = ("llama", "llama3", "qwen2-yarn", "qwen3", "gemma3", "bert-mean", "qwen2_moe", "olmoe", "mixtral",
+            "smallthinker", "shoal_moe")  # fmt: skip
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3),
     st.just(10**400), st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta"]), st.floats(), max_size=3),
@@ -109,7 +111,7 @@ VALUES = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    family=st.sampled_from(["llama", "llama3", "qwen2-yarn", "qwen3", "gemma3", "bert-mean"]),
+    family=st.sampled_from(FAMILIES),
     changes=st.lists(st.tuples(st.booleans(), st.integers(0, 99), VALUES), min_size=1, max_size=3),
 )
 def test_no_configuration_breaks_it(tiny, family, changes):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.converters.bitstack import order
+from shoal.converters.recipe import Format, Ladder
 
 matrices = st.lists(
     st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=4), min_size=1, max_size=4
@@ -100,3 +101,14 @@ def test_a_shuffle_is_of_its_seed():
 def test_what_is_no_number_comes_last(bad):
     measured = {(0, 1): (50.0, bad), (1, 1): (50.0, 49.0)}
     assert order.greedy([1, 1], [2, 2], [[1, 1], [1, 1]], measured) == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("ladder", "levels"),
+    [
+        (Ladder(), [2, 3, 8]), (Ladder(first=1, blocks=0), [1]), (Ladder(first=2, blocks=1), [2, 3]),
+        (Ladder(rungs=(Format(3), Format(4))), [2, 3, 4]), (Ladder(first=0, rungs=(Format(4),)), [1]),
+    ],
+)  # fmt: skip
+def test_inputs_are_looked_at_where_a_ladder_has_models_by_themselves(ladder, levels):
+    assert ladder.levels == levels

@@ -16,7 +16,7 @@ from shoal.converters.sources import open_source
 from shoal.converters.text import HELDOUT
 from shoal.converters.walk import Scratch, Walk
 from shoal.runtime import kernels
-from shoal.runtime.bitstack.layout import Index, StackFormat, reconstruct
+from shoal.runtime.bitstack.layout import HEADER, Index, StackFormat, reconstruct
 from shoal.runtime.bitstack.stack import read_index
 from shoal.runtime.bundle import Bundle
 from shoal.runtime.errors import BackendError, BudgetError, BundleError, UsageError
@@ -79,7 +79,7 @@ def logits_of(source, weights, recipe: Recipe, tokens: np.ndarray, folder) -> np
     exact = Recipe(linear=Format(), embedding=recipe.embedding, head=recipe.head)
     with Scratch(source, folder, exact) as scratch:
         if weights is not None:
-            scratch.weights._read = replaced(scratch.weights, weights)
+            scratch.weights.read = replaced(scratch.weights, weights)
         walk = Walk(architecture, card, [tokens])
         walk.advance(range(card.blocks), scratch)
         with walk.end(scratch) as head:
@@ -88,7 +88,7 @@ def logits_of(source, weights, recipe: Recipe, tokens: np.ndarray, folder) -> np
 
 def replaced(store, weights):
     """A reader of tensors for which a stack's matrices, in the order in which graphs ask for them, are their own."""
-    read, left, rows = store._read, list(weights), {}
+    read, left, rows = store.read, list(weights), {}
 
     def instead(name, start=0, stop=None):
         if name not in rows:
@@ -239,3 +239,23 @@ def test_a_bundle_whose_entries_were_exchanged_is_refused(tiny, tmp_path):
     (tmp_path / "m.shoal").write_bytes(data)
     with pytest.raises(BundleError, match="another one"):
         shoal.load(tmp_path / "m.shoal")
+
+
+def test_a_rung_is_what_the_recipe_of_its_bits_makes(tiny_folder, tmp_path):
+    """Bit for bit: at a level of whole matrices a hybrid is that recipe's model."""
+    weights = {}
+    for bits in (3, 4):
+        convert(tiny_folder, tmp_path / "whole.shoal", f"int{bits}-gptq", check_parity=False, overwrite=True)
+        weights[bits] = (tmp_path / "whole.shoal").read_bytes()
+    convert(tiny_folder, tmp_path / "hybrid.shoal", "hybrid", check_parity=False)
+    with Bundle.open(tmp_path / "hybrid.shoal") as bundle:
+        index, start = read_index(bundle), bundle.section("stack", "blocks").offset
+    blocks = (tmp_path / "hybrid.shoal").read_bytes()[start:]
+    rungs = 0
+    for entry in index.entries():
+        step = index.matrices[entry.matrix].steps[entry.step]
+        if isinstance(step, LinearFormat):
+            payload = blocks[entry.offset + HEADER.size : entry.offset + entry.length].rstrip(b"\0")
+            assert payload in weights[step.bits]
+            rungs += 1
+    assert rungs == 2 * len(index.matrices)

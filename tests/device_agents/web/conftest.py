@@ -264,6 +264,8 @@ class Browser:
         return next(iter(found.values()))
 
     def click(self, selector: str) -> None:
+        """Once it is shown: what is hidden has its text already."""
+        self.wait(f"document.querySelector({json.dumps(selector)})?.getClientRects().length")
         self.ask("POST", f"/element/{self._element(selector)}/click", {})
 
     def type(self, selector: str, text: str) -> None:

@@ -253,6 +253,7 @@ double activated(Activation activation, double x) {
     case Activation::silu: return x / (1 + std::exp(-x));
     case Activation::gelu: return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
     case Activation::gelu_tanh: return x / (1 + std::exp(-2 * 0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    case Activation::relu: return x > 0 ? x : 0;
     case Activation::none: break;
   }
   return x;
@@ -309,7 +310,7 @@ LinearFormat random_format(int64_t outputs_unit) {
 
 void check_round() {
   const auto activation =
-      below(3) ? Activation::none : one_of({Activation::silu, Activation::gelu, Activation::gelu_tanh});
+      below(3) ? Activation::none : one_of({Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu});
   const bool gated = activation != Activation::none;
   LinearFormat f;
   int64_t rows;

@@ -193,7 +193,7 @@ def test_an_unknown_operator_is_refused(changed, name):
 ATTRIBUTES = [
     ("outputs", 256, 272), ("outputs", 256, 240), ("outputs", 384, 1), ("inputs", 128, 192), ("inputs", 128, 1 << 20),
     ("inputs", 128, -128), ("bits", 4, 3), ("bits", 4, 2), ("bits", 4, 7), ("bits", 4, 8), ("group", 32, 33),
-    ("group", 32, 0), ("span", 128, 64), ("span", 128, 1 << 16), ("activation", 1, 4), ("activation", 1, -1),
+    ("group", 32, 0), ("span", 128, 64), ("span", 128, 1 << 16), ("activation", 1, 5), ("activation", 1, -1),
     ("heads", 4, 5), ("heads", 4, 0), ("heads", 4, 1 << 20), ("kv_heads", 2, 3), ("kv_heads", 2, 0), ("window", 0, -1),
 ]  # fmt: skip
 

@@ -106,7 +106,7 @@ def test_norms_biases_and_residuals(operator, matrix, opened, x):
     assert np.linalg.norm(found - plain) < 2e-3 * np.linalg.norm(plain)  # a code at a boundary may differ by one
 
 
-@pytest.mark.parametrize("activation", [1, 2, 3])
+@pytest.mark.parametrize("activation", [1, 2, 3, 4])
 def test_a_gate_and_its_up_alternate(operator, matrix, opened, x, activation):
     (data, _), x = matrix(FORMAT), x / F(500)  # so that gates are around one
     graph = linear_graph(operator, "w", {"w": (data, 0)}, (), numbers(FORMAT, activation=activation), 32)
@@ -115,7 +115,8 @@ def test_a_gate_and_its_up_alternate(operator, matrix, opened, x, activation):
     gate, up = y[:, :, :, 0].reshape(2, 9, 32), y[:, :, :, 1].reshape(2, 9, 32)
     erf = np.vectorize(math.erf)
     tanh = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-    acted = {1: gate / (1 + np.exp(-gate)), 2: gate * (1 + erf(gate / np.sqrt(2))) / 2, 3: tanh}[activation]
+    gelu = gate * (1 + erf(gate / np.sqrt(2))) / 2
+    acted = {1: gate / (1 + np.exp(-gate)), 2: gelu, 3: tanh, 4: np.maximum(gate, 0)}[activation]
     found = session.run({"x": x})["y"]
     np.testing.assert_allclose(found, acted * up, rtol=1e-5, atol=2e-6 * np.abs(gate * up).max())
 
@@ -173,7 +174,7 @@ def test_several_threads_may_run_one_graph(operator, matrix, opened, x):
 WRONG_FORMATS = [
     {"inputs": 0}, {"inputs": -128}, {"inputs": 1 << 40}, {"inputs": 127}, {"outputs": 0}, {"outputs": 1 << 40},
     {"bits": 5}, {"bits": -4}, {"bits": 1 << 33 | 4}, {"bits": 8}, {"group": 0}, {"group": 48}, {"group": -32},
-    {"span": 0}, {"span": 96}, {"span": 1 << 20}, {"span": -64}, {"activation": 4}, {"activation": -1},
+    {"span": 0}, {"span": 96}, {"span": 1 << 20}, {"span": -64}, {"activation": 5}, {"activation": -1},
     {"outputs": 40, "activation": 1}, {"inputs": 100, "span": 128, "rotated": 1},
 ]  # fmt: skip
 

@@ -219,7 +219,7 @@ def test_bases_norms_biases_and_residuals(operator, matrix, opened, stack, x, bi
             assert np.linalg.norm(found - product[part]) < 0.03 * np.linalg.norm(product[part])
 
 
-@pytest.mark.parametrize("activation", [1, 2, 3])
+@pytest.mark.parametrize("activation", [1, 2, 3, 4])
 def test_gates_and_ups_alternate(operator, opened, stack, x, activation):
     payloads, x = random_blocks(FORMAT, 3), x / F(30)
     blocks = stack(1)
@@ -228,8 +228,9 @@ def test_gates_and_ups_alternate(operator, opened, stack, x, activation):
     plain = kernels.stacked(FORMAT, payloads, x.reshape(-1, 128))
     gate, up = (plain.reshape(2, 9, 2, 2, 16)[:, :, :, at].reshape(2, 9, 32) for at in (0, 1))
     found = stacked.run({"x": x, "stack": np.array([blocks.handle])})["y"]
-    if activation == 1:
-        np.testing.assert_allclose(found, gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-6)
+    if activation in (1, 4):
+        acted = gate / (1 + np.exp(-gate)) if activation == 1 else np.maximum(gate, 0)
+        np.testing.assert_allclose(found, acted * up, rtol=1e-5, atol=1e-6)
     else:
         tanh = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         np.testing.assert_allclose(found, tanh * up, rtol=1e-5, atol=2e-3 * np.abs(up).max())

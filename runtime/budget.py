@@ -39,7 +39,7 @@ class Sizes:
     """What a bundle brings, in bytes: `weights` mapped from the bundle and read by every step, `row` of the tables for
     each token of a step, `repacked` mapped from the prepared cache, `private` copies that the engine makes where
     nothing is prepared, `tokenizer`, the engine's own, `session`, and its `code`, touched for the first time. `cold` is
-    what is read or held only while the model is prepared and opened, before there is a cache or an activation. `graph`
+    what is read or held while the model is prepared and opened, before there is a cache or an activation. `graph`
     is fused (our own operators, which keep least between two of them), lowered (the same in the engine's) or plain. Of
     a `stack` there are the bytes of its first 0, 1, 2, .. entries, and the model needs `floor` of these to run; where
     `pool` is experts, these are slots for so many of them."""
@@ -50,7 +50,7 @@ class Sizes:
     private: int = 0
     tokenizer: int = 0
     session: int = 0
-    code: int = 51 << 18
+    code: int = 56 << 18
     cold: int = 0
     graph: str = "plain"
     stack: Sequence[int] = (0,)
@@ -59,7 +59,7 @@ class Sizes:
 
     @property
     def opening(self) -> int:
-        """The most that is held before the model is ready; what is `repacked` is not read until the first step."""
+        """The most that is held before the model is ready."""
         return self.cold + self.private + self.tokenizer + self.session + self.code
 
 

@@ -37,7 +37,7 @@ from .portable import portable
 _TOKENIZER = 1 << 19  # its code and the heap's slack, beside its tables
 _ENGINE = 16 << 18  # what an ORT environment and session hold, and for each node of the graph:
 _ENGINE_NODE = 4 << 10
-_CODE = 42 << 18  # of the engine and the kernels, where these do the work
+_CODE = 48 << 18  # of the engine and the kernels, where these do the work
 _STACKED, _EXPERTS = ("StackedLinear", "StackedRows"), ("Experts", "RouteExperts")
 _PIECE = 1 << 10  # what whole pages add to a node's weights
 
@@ -258,7 +258,8 @@ def _sizes(
         private=0 if prepare else repacked,
         tokenizer=card.tokenizer_bytes + _TOKENIZER if card.span.start == 0 else 0,
         session=_ENGINE + _ENGINE_NODE * len(model.nodes) + vectors,
-        cold=max(guess.cold, 3 * guess.largest) if prepare else guess.cold,
+        # The engine compares what is prepared with what it repacks of the originals
+        cold=max(guess.cold + repacked, 3 * guess.largest) if prepare else guess.cold,
         graph="lowered" if not ours else "fused" if fused else "plain",
         code=_CODE if fused else Sizes.code,
         stack=stack,

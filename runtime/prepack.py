@@ -3,8 +3,9 @@
 ORT copies most weights into a layout of its own when it opens a graph: private memory, anew at every start. It can
 also take such copies from a file. `prepare` makes that file: it freezes the graph as ORT optimises it, lets ORT repack
 one node at a time (so the largest weight bounds its memory), and caches the copies with the frozen graph. The
-originals stay in the bundle. ORT still reads them when it opens a graph: it repacks each weight into a temporary and
-takes the cached copy only where both hash alike, so a copy of other weights costs memory, never a wrong answer.
+originals stay in the bundle. ORT still reads them when it opens a graph: it repacks each weight into a temporary, takes
+the cached copy only where both hash alike, and refuses one whose bytes differ all the same, so a copy of other weights
+costs memory and a damaged one fails, and neither gives a wrong answer.
 
 All copies hang on one small weight, the carrier, which is moved into the cache: ORT finds them by hash, not by name.
 The cache key is the bundle's digest, the graph, ORT's build and the processor's features. This module knows nothing
@@ -256,7 +257,7 @@ def _packs(node: Node, constants: Mapping[str, Tensor]) -> bool:
 
 
 def estimate(model: Model) -> Estimate:
-    """By shapes alone, as ORT repacks on x86-64 (1.31); on other processors a few per cent off."""
+    """By shapes alone, as ORT repacks on x86-64 (1.32); on other processors a few per cent off."""
     constants = {tensor.name: tensor for tensor in model.tensors}
     weights = {name: tensor for name, tensor in constants.items() if tensor.external}
     cold, direct = set[str](), set[str]()

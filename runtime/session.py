@@ -390,6 +390,9 @@ def door(what: str, opening: bool = False) -> Iterator[None]:
                 raise BundleError("The model cannot go on.", found[0], "Convert the checkpoint again.") from None
             fix = "Try again; if it stays so, check the disk and convert the checkpoint again."
             raise StorageError("The model cannot go on.", found[0], fix) from None
+        if opening and "pre-packed weights" in lowered:
+            fix = "Remove the cache folder ($SHOAL_CACHE, else ~/.cache/shoal); what it had is made again."
+            raise StorageError("The prepared weights are damaged.", why, fix) from None
         refused = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel", "UnicodeDecodeError")
         if opening and (type(error).__name__ in refused or "external" in lowered):
             raise BundleError(what, why, "Verify the bundle, or convert the checkpoint again.") from None

@@ -41,19 +41,23 @@ def test_prepared_computes_the_same_and_is_made_once(small, tmp_path):
 
 
 def test_the_mapped_copy_is_what_runs(small, tmp_path):
-    """Zeros written over the copies change the result: nothing was repacked into private memory."""
+    """Zeros written over the copies change the result: nothing was repacked into private memory. Over those of a closed
+    session they are found when it is opened."""
     done = prepare(small.graph, small.places, tmp_path)
-    expected = run(done.graph, done.places)
     graph = done.file.index["graph"]
-    with open(done.path, "r+b") as file:
-        for number, (at, length, _) in enumerate(done.file.index["pieces"]):
-            if number < graph - 1:  # the last two are the carrier and the graph
-                file.seek(at)
-                file.write(bytes(length))
-    assert not done.file.verify()
-    found = run(done.graph, done.places)
+    with session.open_graph(done.graph, done.places, threads=1) as opened:
+        expected = opened.run({"tokens": TOKENS})["y"]
+        with open(done.path, "r+b") as file:
+            for number, (at, length, _) in enumerate(done.file.index["pieces"]):
+                if number < graph - 1:  # the last two are the carrier and the graph
+                    file.seek(at)
+                    file.write(bytes(length))
+        found = opened.run({"tokens": TOKENS})["y"]
     np.testing.assert_array_equal(found, np.broadcast_to(small.weights["b"], found.shape))
     assert not np.array_equal(found, expected)
+    assert not done.file.verify()
+    with pytest.raises(StorageError, match="damaged"):
+        session.open_graph(done.graph, done.places)
 
 
 def test_copies_of_other_weights_are_never_used(small, tmp_path):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from shoal.runtime.bitstack.layout import StackFormat, Step, entry_bytes
+from shoal.runtime.bitstack.layout import StackFormat, entry_bytes
 from shoal.runtime.budget import plan
 from shoal.runtime.card import Card
 from shoal.runtime.errors import BudgetError, UsageError
@@ -137,8 +137,10 @@ class _Sized(Weights):
         inputs, outputs = self.shapes[names[0]][1], sum(self.shapes[name][0] for name in names)
         format, ladder = self.recipe.format(names[0], role), self.recipe.ladder
         if ladder is not None and self.recipe.stacks(names[0], role):
-            first: Step = StackFormat(inputs, outputs, 1) if ladder.first else ladder.rungs[0].layout(inputs, outputs)
-            self.floor += ladder.floor * entry_bytes(first)
+            # Which of these a matrix begins with shows as it is made
+            least = [ladder.first * entry_bytes(StackFormat(inputs, outputs, 1))] if ladder.first else []
+            least += [entry_bytes(rung.layout(inputs, outputs)) for rung in ladder.rungs[:1]]
+            self.floor += min(least)
             return Matrix(format, outputs, inputs, None, gated=gated, stacked=0)
         layout = None if format.bits == 32 else format.layout(inputs, outputs)
         shape = (outputs, inputs) if layout is None else (layout.bytes,)

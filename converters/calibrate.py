@@ -125,7 +125,7 @@ def stack(
     stacks = weights.stacks
     assert stacks is not None
     weights.hessians = head = _head_moments(architecture, card, weights, tokens, folder, progress)
-    walks = [Walk(architecture, card, tokens) for _ in stacks.levels]
+    walks = [Walk(architecture, card, tokens) for _ in stacks.ladder.levels]
     for block in range(card.blocks):
         progress(Event("stack", block, card.blocks, f"block {block}", "blocks"))
         one = range(block, block + 1)
@@ -141,8 +141,8 @@ def stack(
                 }
         walks[0].graph(one, weights)  # makes them
         weights.hessians, weights.levels = head, []
-        for walk, level in zip(walks, stacks.levels, strict=True):
-            stacks.set([level] * len(stacks.matrices))
+        for walk, level in zip(walks, stacks.ladder.levels, strict=True):
+            stacks.set(stacks.counts(level))
             walk.advance(one, Stored(weights, places(), repack=True))
     progress(Event("stack", card.blocks, card.blocks, "", "blocks"))
 

@@ -194,7 +194,7 @@ NAMED = {
     ),
     "hybrid": Recipe(
         "hybrid", linear=_INT4, embedding=_TABLE, head=_INT4, method="bitstack",
-        ladder=Ladder(rungs=(Format(3), Format(4)), blocks=4),
+        ladder=Ladder(rungs=(Format(2, 64), Format(3), Format(4)), blocks=4),
     ),
 }  # fmt: skip
 

@@ -1,8 +1,9 @@
 """In which order the steps of a stack come, so that every prefix of it is the best model of its size.
 
 Pure functions over counts: how many steps each matrix has. `first` are the counts of the smallest model, `tops` those
-of the whole, `bytes_of` what each step of each matrix adds. What must be measured comes in as a function of counts. A
-matrix's own steps always keep their order. They return the matrices of all steps, those of the smallest model first.
+of the whole, `bytes_of` what each step of each matrix adds, `levels` which level of the ladder it brings the matrix to:
+not every one stops at all of them. What must be measured comes in as a function of counts. A matrix's own steps always
+keep their order. They return the matrices of all steps, those of the smallest model first.
 """
 
 import heapq
@@ -21,23 +22,28 @@ def shuffled(first: Counts, tops: Counts, seed: int = 0) -> list[int]:
     return _repeat(first) + rest
 
 
-def gains(first: Counts, tops: Counts, perplexity: Measure) -> dict[tuple[int, int], tuple[float, float]]:
-    """What `average` and `greedy` sort by: for each matrix and count c the perplexities of the model in which every
-    matrix has c steps (or as near to it as it may), and of that in which this one has c + 1."""
+def gains(
+    first: Counts, levels: Sequence[Counts], perplexity: Measure
+) -> dict[tuple[int, int], tuple[float, float]]:  # fmt: skip
+    """What `average` and `greedy` sort by: for each matrix and its count c the perplexities of the model in which every
+    matrix is at the same level (or as near to it as it may), and of that in which this one has c + 1."""
     found = {}
-    for level in range(min(first), max(tops)):
-        counts = [min(max(level, start), top) for start, top in zip(first, tops, strict=True)]
-        raised = [at for at in range(len(counts)) if counts[at] == level < tops[at]]
-        before = perplexity(counts) if raised else math.nan
-        for at in raised:
-            found[at, level] = before, perplexity([count + (at == other) for other, count in enumerate(counts)])
+    for level in sorted({one for start, own in zip(first, levels, strict=True) for one in own[start:]}):
+        counts = [max(start, sum(one < level for one in own)) for start, own in zip(first, levels, strict=True)]
+        before = perplexity(counts)
+        for at, (count, own) in enumerate(zip(counts, levels, strict=True)):
+            if level in own[count:]:
+                raised = [one + (at == other) for other, one in enumerate(counts)]
+                found[at, count] = before, perplexity(raised)
     return found
 
 
-def average(first: Counts, tops: Counts, measured: dict[tuple[int, int], tuple[float, float]]) -> list[int]:
+def average(
+    first: Counts, levels: Sequence[Counts], measured: dict[tuple[int, int], tuple[float, float]]
+) -> list[int]:  # fmt: skip
     """The paper's: level by level, and in a level whichever step leaves the lowest perplexity first (Wang et al. 2024),
-    so that matrices differ by one step at most. What is not a number comes last."""
-    order = sorted(measured, key=lambda step: (step[1], _number(measured[step][1]), step[0]))
+    so that matrices differ by one level at most. What is not a number comes last."""
+    order = sorted(measured, key=lambda step: (levels[step[0]][step[1]], _number(measured[step][1]), step[0]))
     return _repeat(first) + [matrix for matrix, _ in order]
 
 
@@ -73,13 +79,15 @@ def by_gain(
 
 
 def by_level(
-    first: Counts, tops: Counts, bytes_of: Sequence[Counts], gain: Callable[[int, int], float]
+    first: Counts, levels: Sequence[Counts], bytes_of: Sequence[Counts], gain: Callable[[int, int], float]
 ) -> list[int]:  # fmt: skip
-    """Like `by_gain`, but level by level as `average`: matrices differ by one step at most."""
-    steps = [(count, matrix) for matrix, (low, top) in enumerate(zip(first, tops, strict=True))
-             for count in range(low, top)]  # fmt: skip
-    steps.sort(key=lambda step: (step[0], -gain(step[1], step[0]) / bytes_of[step[1]][step[0]], step[1]))
-    return _repeat(first) + [matrix for _, matrix in steps]
+    """Like `by_gain`, but level by level as `average`: matrices differ by one level at most."""
+    steps = [
+        (own[count], -gain(matrix, count) / bytes_of[matrix][count], matrix)
+        for matrix, (low, own) in enumerate(zip(first, levels, strict=True))
+        for count in range(low, len(own))
+    ]
+    return _repeat(first) + [matrix for *_, matrix in sorted(steps)]
 
 
 def _falling(gain, matrix: int, counts: range, bytes_of: Counts) -> list[tuple[float, int, int]]:

@@ -32,7 +32,7 @@ _MEAN = 0.798  # of the magnitude of normal values, in deviations
 _WIDER = 1.1  # of later blocks' use: 1 % worse at the floor, a tenth better two blocks on
 _SWEEPS = 2  # of choosing the floor's signs again: 3 to 6 % each time less for the first, half of it for the next
 _BLOCK = 256  # inputs whose carried errors are one product
-_WORTH = 1.01  # by how much the logarithm of an error falls for a bit a weight: -log(1 - 2 / pi), a first block's
+WORTH = 1.01  # by how much the logarithm of an error falls for a bit a weight: -log(1 - 2 / pi), a first block's
 _SURE = 0.01  # by how much more a higher rank's has to fall: signs are chosen again later
 _LARGEST = 6e4  # of fp16
 
@@ -151,7 +151,7 @@ def best_rank(weights: np.ndarray, feedback: Feedback, floor: int) -> int:
             break
         trial = Residual(weights.copy(), feedback)
         trial.floor(floor, rank, sweeps=0)
-        loss = math.log(max(trial.error, 1e-30)) + _WORTH * floor * 16 * rank * (outputs + inputs) / (outputs * inputs)
+        loss = math.log(max(trial.error, 1e-30)) + WORTH * floor * 16 * rank * (outputs + inputs) / (outputs * inputs)
         if loss > least - _SURE:
             break
         best, least = rank, loss

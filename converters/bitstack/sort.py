@@ -22,7 +22,7 @@ def orders(
 ) -> dict[str, list[int]]:
     """The orders `wanted`, by name: proxy by the `short` meter; average and greedy, which share their runs, by the
     `long` one; random."""
-    first, tops = stacks.floors, [len(one.steps) for one in stacks.matrices]
+    first, levels, tops = stacks.floors, stacks.levels, [len(one.steps) for one in stacks.matrices]
     sizes = [step_bytes(one) for one in stacks.matrices]
     found = {}
     if "random" in wanted:
@@ -36,7 +36,7 @@ def orders(
 
         # Each level was made for inputs that the same level gives; gains alone, whatever the level, lose against that
         # (measured: 2 % on Qwen and 7 % on Gemma for a hybrid at three bits, 4 % on Qwen for blocks at two)
-        found["proxy"] = order.by_level(first, tops, sizes, gain)
+        found["proxy"] = order.by_level(first, levels, sizes, gain)
     if "average" in wanted or "greedy" in wanted:
         total, done = sum(tops) - sum(first), 0
 
@@ -46,9 +46,9 @@ def orders(
             done += 1
             return long.perplexity(counts)
 
-        measured = order.gains(first, tops, perplexity)
+        measured = order.gains(first, levels, perplexity)
         progress(Event("sort", total, total, "", "steps"))
-        found["average"] = order.average(first, tops, measured)
+        found["average"] = order.average(first, levels, measured)
         found["greedy"] = order.greedy(first, tops, sizes, measured)
     return found
 

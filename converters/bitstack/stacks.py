@@ -6,7 +6,9 @@ the same kernels as on a device, so that a model can be measured at every size b
 nothing about graphs, orders or perplexities.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from shoal.runtime.kernels.layout import pack as pack_linear
 
 from ..quantize import gptq
 from ..recipe import Ladder
-from .signs import Residual, best_rank
+from .signs import WORTH, Residual, best_rank
 from .work import Work
 
 _SWEPT = 2  # blocks after the floor that are chosen twice
@@ -27,7 +29,8 @@ _ROWS = 1024  # of a rung, rounded at once
 
 class Stacks:
     """All stacked matrices of one conversion. `handle` names them to a graph's input `stack`; `errors` has for each
-    matrix ||left X||^2 over its calibration inputs with 0, 1, 2, .. of its steps."""
+    matrix ||left X||^2 over its calibration inputs with 0, 1, 2, .. of its steps, `levels` to which level of the ladder
+    each of its steps brings it. A matrix has no step that a better one makes useless."""
 
     def __init__(self, ladder: Ladder, work: Work):
         if not kernels.available():
@@ -38,6 +41,7 @@ class Stacks:
         self.ladder, self.work = ladder, work
         self.matrices: list[Stacked] = []
         self.errors: list[list[float]] = []
+        self.levels: list[list[int]] = []
         self._payloads: list[list[np.ndarray]] = []
         self._registry: kernels.Stack | None = None
         self._counts: list[int] = []
@@ -48,12 +52,12 @@ class Stacks:
 
     def add(self, label: str, rows: Callable[[], np.ndarray], moments: list[np.ndarray]) -> int:
         """Makes the next matrix, or takes it from the work folder, and returns its number. `rows()` gives it whole,
-        fp32 [outputs, inputs]; `moments` are its inputs' second moments [inputs, inputs] at each of the `levels`, which
-        it takes over."""
+        fp32 [outputs, inputs]; `moments` are its inputs' second moments [inputs, inputs] at each of the ladder's
+        levels, which it takes over."""
         at = len(self.matrices)
         kept = self.work.load(at)
         if kept is None:
-            if len(moments) != len(self.levels):
+            if len(moments) != len(self.ladder.levels):
                 raise ConvertError(f"{label} cannot be stacked.", "Nothing is known of its inputs.", "Convert again.")
             payloads, kept = self._make(rows(), moments)
             self.work.save(at, payloads, kept)
@@ -64,6 +68,7 @@ class Stacks:
         steps = tuple(_step(raw, inputs, outputs, rotated) for raw in kept["steps"])
         self.matrices.append(Stacked(label, inputs, outputs, rotated, steps))
         self.errors.append(kept["errors"])
+        self.levels.append(kept["levels"])
         self._payloads.append(self.work.payloads(at, kept["lengths"]))
         return at
 
@@ -72,14 +77,13 @@ class Stacks:
         return next((step.rank for step in self.matrices[matrix].steps if isinstance(step, StackFormat)), 1)
 
     @property
-    def levels(self) -> list[int]:
-        """After how many steps the matrices of the blocks before tell what a matrix's inputs are."""
-        return self.ladder.levels
-
-    @property
     def floors(self) -> list[int]:
         """How many steps each matrix needs at least."""
-        return [self.ladder.floor] * len(self.matrices)
+        return self.counts(self.ladder.floor)
+
+    def counts(self, level: int) -> list[int]:
+        """How many steps each matrix has where none is beyond `level`."""
+        return [sum(one <= level for one in own) for own in self.levels]
 
     @property
     def handle(self) -> int:
@@ -133,27 +137,32 @@ class Stacks:
         rank = ladder.rank or best_rank(domain, feedback, ladder.first or 1)
         left = Residual(domain.copy(), feedback)
         format = StackFormat(inputs, outputs, rank, rotated)
-        payloads: list = []
-        steps: list[dict] = []
-        errors = [left.error]
-        for at, block in enumerate(left.floor(ladder.first, rank) if ladder.first else ()):
-            payloads.append(pack(format, *block))
-            # The first blocks come together: what one of them alone would leave is never seen
-            errors.append(left.error if at == ladder.first - 1 else errors[0])
-            steps.append({"rank": rank})
+        whole, stops = left.error, list[_Stop]()
+        if ladder.first:
+            blocks = [pack(format, *block) for block in left.floor(ladder.first, rank)]
+            stops.append(_Stop(len(blocks) * entry_bytes(format), left.error, {"rank": rank}, blocks))
         for rung in ladder.rungs:
-            feedback = next_level() if steps else feedback
+            feedback = next_level() if stops else feedback
             layout = rung.layout(inputs, outputs)
             rounding = gptq.Rounding(feedback, rung)
             parts = [rounding.quantize(weights[start : start + _ROWS]) for start in range(0, outputs, _ROWS)]
             codes = Codes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-            payloads.append(pack_linear(layout, codes))
-            steps.append({"bits": layout.bits, "group": layout.group, "span": layout.span})
             left = Residual(domain.copy(), feedback)
             left.take(_in_domain(layout, codes))
-            errors.append(left.error)
+            raw = {"bits": layout.bits, "group": layout.group, "span": layout.span}
+            stops.append(_Stop(entry_bytes(layout), left.error, raw, [pack_linear(layout, codes)]))
+        payloads, steps, levels, errors = list[bytearray](), list[dict](), list[int](), [whole]
+        rivals = sum(rung.bits <= ladder.first for rung in ladder.rungs)
+        for at in worthwhile([(stop.bytes, stop.error) for stop in stops], weights.size, rivals):
+            stop, level = stops[at], ladder.floor + at if steps else ladder.floor
+            levels += range(level - len(stop.payloads) + 1, level + 1)
+            # The first blocks come together: what one of them alone would leave is never seen
+            errors += [whole] * (len(stop.payloads) - 1) + [stop.error]
+            steps += [stop.raw] * len(stop.payloads)
+            payloads += stop.payloads
         for at in range(ladder.blocks):
-            if len(steps) + 1 > self.levels[-1 - len(moments)] and moments:
+            levels.append(ladder.floor + len(stops) + at)
+            if moments and levels[-1] > ladder.levels[-1 - len(moments)]:
                 left.weigh(next_level())
             swept = 1 if at < _SWEPT else 0
             payloads.append(pack(format, *left.block(rank, swept)))
@@ -161,7 +170,46 @@ class Stacks:
             steps.append({"rank": rank})
         return payloads, {
             "inputs": inputs, "outputs": outputs, "rotated": rotated, "rank": rank, "steps": steps, "errors": errors,
+            "levels": levels,
         }  # fmt: skip
+
+
+class _Stop(NamedTuple):
+    """A model of one matrix by itself: its first blocks, or a rung. What its steps are, without their payloads, is
+    `raw`."""
+
+    bytes: int
+    error: float
+    raw: dict
+    payloads: list[bytearray]
+
+
+def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0) -> list[int]:
+    """Which of a matrix's models (bytes, error) to keep. Of the first and its `rivals`, the next so many, and of two of
+    which the later is no larger, the one with less error for its bytes: channels that outdo all others leave blocks
+    ten times the error of integers in a few matrices, and less everywhere else. Of the others those that take off more
+    for a byte than the next one does, and the last."""
+
+    def loss(at: int) -> float:
+        size, error = stops[at]
+        return math.log(max(error, 1e-30)) + WORTH * 8 * size / weights
+
+    def gain(before: int, at: int) -> float:
+        return (stops[before][1] - stops[at][1]) / (stops[at][0] - stops[before][0])
+
+    kept = [0]
+    for at in range(1, len(stops)):
+        no_larger, last = stops[at][0] <= stops[kept[-1]][0], at == len(stops) - 1
+        rival = no_larger or (at <= rivals and len(kept) == 1)
+        if (rival and loss(at) < loss(kept[-1])) or (no_larger and last):
+            kept[-1] = at
+            continue
+        if no_larger:
+            continue
+        while len(kept) > 1 and gain(kept[-2], kept[-1]) <= gain(kept[-1], at):
+            kept.pop()
+        kept.append(at)
+    return kept
 
 
 def step_bytes(matrix: Stacked) -> list[int]:

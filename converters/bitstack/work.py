@@ -18,7 +18,7 @@ import numpy as np
 
 from shoal.runtime.errors import BusyError, StorageError
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Work:

@@ -8,11 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.converters.bitstack import order
+from shoal.converters.bitstack.stacks import worthwhile
 from shoal.converters.recipe import Format, Ladder
 
 matrices = st.lists(
     st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=4), min_size=1, max_size=4
 )
+
+
+def levels(tops):
+    """Of matrices that stop at every level."""
+    return [list(range(1, top + 1)) for top in tops]
 
 
 def check(found, first, tops):
@@ -27,9 +33,9 @@ def test_every_order_is_whole_and_begins_with_the_floor(steps, seed):
     sizes = [[size for _, size in own] for own in steps]
     measured = {(m, c): (100.0, 100.0 - gains[m][c]) for m in range(len(steps)) for c in range(1, tops[m])}
     for found in (
-        order.shuffled(first, tops, seed), order.average(first, tops, measured),
+        order.shuffled(first, tops, seed), order.average(first, levels(tops), measured),
         order.greedy(first, tops, sizes, measured), order.by_gain(first, tops, sizes, lambda m, c: gains[m][c]),
-        order.by_level(first, tops, sizes, lambda m, c: gains[m][c]),
+        order.by_level(first, levels(tops), sizes, lambda m, c: gains[m][c]),
     ):  # fmt: skip
         check(found, first, tops)
 
@@ -72,13 +78,13 @@ def test_average_goes_level_by_level_and_puts_the_greatest_help_first():
         (0, 1): (50.0, 40.0), (1, 1): (50.0, 30.0), (2, 1): (50.0, math.nan),
         (0, 2): (20.0, 15.0), (1, 2): (20.0, 18.0),
     }  # fmt: skip
-    assert order.average([1, 1, 1], [3, 3, 2], measured) == [0, 1, 2, 1, 0, 2, 0, 1]
+    assert order.average([1, 1, 1], levels([3, 3, 2]), measured) == [0, 1, 2, 1, 0, 2, 0, 1]
 
 
 def test_by_level_sorts_each_level_by_gain_a_byte():
     gains = {(0, 1): 4.0, (1, 1): 3.0, (2, 1): 1.0, (0, 2): 1.0, (1, 2): 9.0}
     sizes = [[1, 4, 1], [1, 1, 9], [1, 1]]
-    assert order.by_level([1, 1, 1], [3, 3, 2], sizes, lambda m, c: gains[m, c]) == [0, 1, 2, 1, 0, 2, 0, 1]
+    assert order.by_level([1, 1, 1], levels([3, 3, 2]), sizes, lambda m, c: gains[m, c]) == [0, 1, 2, 1, 0, 2, 0, 1]
 
 
 def test_measuring_raises_one_matrix_at_a_time_from_one_level():
@@ -88,9 +94,47 @@ def test_measuring_raises_one_matrix_at_a_time_from_one_level():
         asked.append(tuple(counts))
         return 10.0 / sum(counts)
 
-    found = order.gains([1, 1], [3, 2], perplexity)
+    found = order.gains([1, 1], levels([3, 2]), perplexity)
     assert asked == [(1, 1), (2, 1), (1, 2), (2, 2), (3, 2)]
     assert found[0, 2] == (10 / 4, 10 / 5) and set(found) == {(0, 1), (1, 1), (0, 2)}
+
+
+def test_matrices_that_do_not_stop_at_a_level_wait_for_the_next():
+    """The second begins at a rung, the third goes from its blocks to the second rung: levels 2, 3 and 4."""
+    stops, asked = [[1, 2, 3, 4], [2, 3, 4], [1, 2, 4]], []
+
+    def perplexity(counts):
+        asked.append(tuple(counts))
+        return 100.0 / sum(counts)
+
+    found = order.gains([2, 1, 2], stops, perplexity)
+    assert asked == [(2, 1, 2), (3, 1, 2), (2, 2, 2), (3, 2, 2), (4, 2, 2), (3, 3, 2), (3, 2, 3)]
+    assert set(found) == {(0, 2), (1, 1), (0, 3), (1, 2), (2, 2)}
+    assert order.average([2, 1, 2], stops, found) == [0, 0, 1, 2, 2, 0, 1, 0, 1, 2]
+    sizes = [[1] * 4, [1] * 3, [1] * 3]
+    assert order.by_level([2, 1, 2], stops, sizes, lambda m, c: m) == [0, 0, 1, 2, 2, 1, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rivals", "stops", "kept"),
+    [
+        (0, [(200, 1.0)], [0]),
+        (1, [(200, 1.0), (210, 0.1), (300, 0.02)], [1, 2]),  # the floor's rival: less for its bytes
+        (1, [(200, 1.0), (210, 0.91), (300, 0.2)], [0, 1, 2]),  # or a step
+        (1, [(200, 1.0), (210, 0.99), (300, 0.2)], [0, 2]),
+        (0, [(200, 1.0), (210, 0.1), (300, 0.02)], [0, 1, 2]),
+        (0, [(200, 1.0), (210, 0.9), (300, 0.2)], [0, 1, 2]),
+        (0, [(200, 1.0), (210, 0.99), (300, 0.2)], [0, 2]),  # takes off less for a byte than the next does
+        (0, [(200, 1.0), (200, 0.9), (300, 0.2)], [1, 2]),  # no larger and better: comes instead
+        (0, [(200, 1.0), (190, 1.5), (300, 0.2)], [0, 2]),  # smaller, and worse by more than its bytes are worth
+        (0, [(200, 1.0), (190, 1.01), (300, 0.2)], [1, 2]),  # and by less
+        (0, [(400, 0.1), (300, 0.2), (390, 0.09)], [1, 2]),
+        (0, [(400, 0.1), (300, 0.9)], [1]),  # the last is what blocks go on
+        (0, [(200, 1.0), (210, 0.95), (220, 0.8), (300, 0.1)], [0, 2, 3]),
+    ],
+)  # fmt: skip
+def test_a_matrix_has_no_step_that_another_makes_useless(rivals, stops, kept):
+    assert worthwhile(stops, 800, rivals) == kept
 
 
 def test_a_shuffle_is_of_its_seed():

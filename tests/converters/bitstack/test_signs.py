@@ -159,7 +159,7 @@ def test_matrices_of_one_shape_have_ranks_of_their_own(tmp_path):
     rough = rotate((np.sign(gaussian(256, 256)) * magnitudes).astype(np.float32))  # which stacking undoes
     stacks = Stacks(Ladder(first=2, blocks=1), Work(tmp_path / "model.shoal", {}))
     for name, weights in {"plain": gaussian(256, 256), "rough": rough, "again": gaussian(256, 256, seed=1)}.items():
-        moments = [np.eye(256, dtype=np.float32) for _ in stacks.levels]
+        moments = [np.eye(256, dtype=np.float32) for _ in stacks.ladder.levels]
         stacks.add(name, lambda weights=weights: weights, moments)
     assert [stacks.rank(at) for at in range(3)] == [1, 2, 1]
     stacks.close()

@@ -20,16 +20,16 @@ def carried_out(found, rows, resident, costs) -> float:
     assert sorted(found.cpu + found.accelerator) == list(range(len(rows)))
     assert found.transfers == tuple(one for one in found.accelerator if not resident[one])
     there = {one: 0.0 for one in range(len(rows)) if resident[one]}
-    link = []
+    link: list[tuple[float, float]] = []
     for one in found.transfers:
         begin = link[-1][1] if link else 0.0
         link.append((begin, begin + costs.link))
         there[one] = link[-1][1]
-    accelerator = []
+    accelerator: list[tuple[float, float]] = []
     for one in found.accelerator:
         begin = max(accelerator[-1][1] if accelerator else 0.0, there[one])
         accelerator.append((begin, begin + costs.accelerator + rows[one] * costs.accelerator_row))
-    cpu = []
+    cpu: list[tuple[float, float]] = []
     for one in found.cpu:
         begin = cpu[-1][1] if cpu else costs.warmup
         cpu.append((begin, begin + costs.cpu + rows[one] * costs.cpu_row))
@@ -54,7 +54,7 @@ def exhaustive(rows, resident, costs) -> float:
     return float(np.maximum(cpu, end).min())
 
 
-def some(random, count: int):
+def some(random, count):
     """A layer of `count` experts: decoding, a prompt's loads, or skewed ones; none, some or all resident; the link, the
     accelerator and the CPU up to a hundred times faster or slower than each other; HybriMoE's costs now and then."""
     rows = [

@@ -19,6 +19,7 @@ import numpy as np
 from ..events import Event, Progress, silent
 from .policies import POLICIES, Counts, depths, simulate
 from .predictors import REAL, guesses, possible, recall
+from .split import Costs, assigned, split
 from .trace import Trace
 
 WINDOWS = (4, 16, 64, 256)
@@ -146,6 +147,28 @@ def analyze(trace: Trace, hardware: Hardware | None = None, matrices: np.ndarray
         "runs": runs,
         "verdict": verdict(trace, known, runs),
     }  # fmt: skip
+
+
+def second_backend(trace: Trace, costs: Costs) -> list[dict[str, Any]]:
+    """What a token's experts of one layer would take beside an accelerator, mean seconds by `costs` and not measured:
+    all on the CPU, all on the accelerator, and split; for each of `sizes`, with the experts resident that this trace
+    uses most. These stay: an expert that is brought over is used once. `hit_rate` is the share of uses whose expert is
+    resident."""
+    used, at = trace.ids >= 0, np.arange(trace.layers)[:, None] * trace.experts + trace.ids
+    ranked = np.argsort(-np.bincount(at[used], minlength=trace.layers * trace.experts), kind="stable")
+    rows = []
+    for label, slots in sizes(trace):
+        there = (np.isin(at, ranked[:slots]) & used).sum(2)
+        kinds, counts = np.unique(np.stack([used.sum(2), there], 2).reshape(-1, 2), axis=0, return_counts=True)
+        total = np.zeros(3)
+        for (needed, resident), count in zip(kinds.tolist(), counts.tolist(), strict=True):
+            layer = ([1] * needed, [rank < resident for rank in range(needed)], costs)
+            ways = (assigned(*layer, ()), assigned(*layer, range(needed)), split(*layer))
+            total += count * np.array([way.seconds for way in ways])
+        cpu, accelerator, both = (total / counts.sum()).tolist()
+        rows.append({"size": label, "slots": slots, "hit_rate": float(there.sum() / max(used.sum(), 1)),
+                     "cpu_seconds": cpu, "accelerator_seconds": accelerator, "split_seconds": both})  # fmt: skip
+    return rows
 
 
 def verdict(trace: Trace, hardware: Hardware, runs: list[dict[str, Any]]) -> dict[str, Any]:

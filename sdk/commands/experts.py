@@ -26,6 +26,20 @@ def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def _costs(text: str):
+    from shoal.runtime.errors import UsageError
+    from shoal.runtime.experts.split import Costs
+
+    try:
+        given = dict(word.split("=") for word in text.split(","))
+        cpu, accelerator, link = (float(given.pop(name)) / 1e6 for name in ("cpu", "accelerator", "link"))
+        if not given:
+            return Costs(cpu, accelerator, link)
+    except (KeyError, ValueError, UsageError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r:.60} is not like cpu=900,accelerator=100,link=400, in microseconds")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     trace = verbs.add_parser("trace")
@@ -48,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     analyze.add_argument("--policies", type=_words, metavar="NAME,..", help="only these")
     analyze.add_argument("--predictors", type=_words, metavar="NAME,..", help="only these; `none` is always tried")
     analyze.add_argument("--all", action="store_true", help="show every run, not the best of each size alone")
+    analyze.add_argument("--second", type=_costs, metavar="COSTS", help="what an accelerator would give, from stated "
+                         "costs of an expert in microseconds: cpu=US,accelerator=US,link=US")  # fmt: skip
     predictor = verbs.add_parser("predictor")
     predictor.add_argument("trace", metavar="TRACE", help="a trace that was recorded with --inputs")
     predictor.add_argument("-o", "--out", required=True, metavar="FILE", help="the matrices to write, as .npy")
@@ -103,7 +119,7 @@ def _trace(arguments: argparse.Namespace, show) -> int:
 def _analyze(arguments: argparse.Namespace, show) -> int:
     from shoal.runtime.budget import parse_size
     from shoal.runtime.errors import UsageError
-    from shoal.runtime.experts.analyze import Hardware, analyze
+    from shoal.runtime.experts.analyze import Hardware, analyze, second_backend
     from shoal.runtime.experts.policies import POLICIES
     from shoal.runtime.experts.trace import Trace
 
@@ -118,6 +134,8 @@ def _analyze(arguments: argparse.Namespace, show) -> int:
         width=arguments.guesses or 0, policies=arguments.policies or POLICIES, predictors=arguments.predictors,
         progress=show.progress,
     )  # fmt: skip
+    if arguments.second is not None:
+        found["second"] = second_backend(trace, arguments.second)
     _show(found, show, arguments.all)
     show.json(found)
     return 0
@@ -223,6 +241,14 @@ def _show(found: dict, show, everything: bool) -> None:
         "slots", "size", "policy", "guesses", "hit rate", "95 %", "cold recall", "read", "missed", "late", "wasted",
         "tokens/s at most", "expected",
     ])  # fmt: skip
+    if "second" in found:
+        show.line("\nµs a layer of one token, by the costs that were stated, not measured; the most used are resident")
+        rows = [
+            [one["slots"], one["size"], f"{one['hit_rate']:.1%}",
+             *(f"{one[f'{way}_seconds'] * 1e6:.1f}" for way in ("cpu", "accelerator", "split"))]
+            for one in found["second"]
+        ]  # fmt: skip
+        show.table(rows, ["slots", "size", "resident", "all on the CPU", "all on the accelerator", "split"])
     show.line()
     for sentence in found["verdict"]["sentences"]:
         show.line(sentence)

@@ -67,6 +67,17 @@ def test_an_analysis_is_shown_and_is_json(capsys, bundle, trace):
     assert "gate: not tried" in without and len(without) > len(shown)
 
 
+def test_an_accelerator_s_share_is_computed_from_stated_costs(capsys, trace):
+    words = ["analyze", trace, "--policies", "lru", "--predictors", "none"]
+    shown, _ = shoal(capsys, *words, "--second", "cpu=900,accelerator=100,link=400")
+    assert "by the costs that were stated, not measured" in shown and "1800.0" in shown  # two experts on the CPU
+    found = json.loads(shoal(capsys, *words, "--second", "link=400,cpu=900,accelerator=100", "--json")[0])["second"]
+    assert found[-1]["hit_rate"] == 1 and found[-1]["split_seconds"] == pytest.approx(200e-6)
+    assert "stated" not in shoal(capsys, *words)[0]
+    for wrong in ("cpu=1,link=1", "cpu=1,accelerator=1,link=-1", "cpu=1,accelerator=1,link=1,disk=1", "cpu=fast", ""):
+        assert "in microseconds" in shoal(capsys, "analyze", trace, "--second", wrong, code=2)[1]
+
+
 def test_a_predictor_is_written(capsys, trace, tmp_path):
     shoal(capsys, "predictor", trace, "-o", tmp_path / "a.npy")
     found = np.load(tmp_path / "a.npy")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from shoal.runtime.errors import UsageError
-from shoal.runtime.experts.analyze import Hardware, analyze, sch, sizes, srp
+from shoal.runtime.experts.analyze import Hardware, analyze, sch, second_backend, sizes, srp
 from shoal.runtime.experts.policies import depths, simulate
 from shoal.runtime.experts.predictors import guesses, possible, recall, train_predictor
+from shoal.runtime.experts.split import Costs
 
 
 def test_srp_by_hand(of_ids):
@@ -147,6 +148,32 @@ def test_speed_by_hand():
     assert hardware.speed(reads=0, misses=0) == (1.0, 1.0)
     assert Hardware(bandwidth=10e6, record=1_000_000).speed(10, 10) == (1.0, None)
     assert Hardware(record=5).speed(1, 1) == (None, None) and Hardware(record=5).reads(3) == -1
+
+
+def test_a_second_backend_by_hand(of_ids):
+    # One layer of four experts, two a token. Uses: 0 three times, 1 twice, 2 once, and once nobody. The CPU takes 4 an
+    # expert, the accelerator 2, the link 3
+    trace = of_ids([[[0, 1]], [[1, 0]], [[0, 2]], [[3, -1]]], experts=4)
+    found = {one["slots"]: one for one in second_backend(trace, Costs(cpu=4, accelerator=2, link=3))}
+    assert list(found) == [2, 3, 4] and all(one["cpu_seconds"] == (8 + 8 + 8 + 4) / 4 for one in found.values())
+    # 0 and 1 resident: 4, 4; then 0 until 2 and 2, there at 3, until 5, or until 4 on the CPU; 3 until 5 or 4
+    assert found[2]["hit_rate"] == 5 / 7
+    assert found[2]["accelerator_seconds"] == (4 + 4 + 5 + 5) / 4 and found[2]["split_seconds"] == (4 + 4 + 4 + 4) / 4
+    # All resident: nobody is brought over, and a token of one expert takes 2
+    assert found[4]["hit_rate"] == 1
+    assert found[4]["accelerator_seconds"] == found[4]["split_seconds"] == (4 + 4 + 4 + 2) / 4
+
+
+def test_a_split_is_no_slower_than_either_alone(routing):
+    trace = routing(100, 3, 8, 2)
+    for costs in (Costs(1, 1, 1), Costs(9, 1, 4), Costs(1, 9, 4), Costs(1, 0.25, 100)):
+        found = second_backend(trace, costs)
+        assert [one["slots"] for one in found] == [slots for _, slots in sizes(trace)]
+        assert [one["hit_rate"] for one in found] == sorted(one["hit_rate"] for one in found)
+        for one in found:
+            assert one["split_seconds"] <= min(one["cpu_seconds"], one["accelerator_seconds"]) + 1e-9
+    # It is worth something where one would have to wait for the other
+    assert found[0]["split_seconds"] < 0.95 * min(found[0]["cpu_seconds"], found[0]["accelerator_seconds"])
 
 
 def test_an_analysis_says_whether_offloading_suits(routing):

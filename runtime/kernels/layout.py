@@ -1,7 +1,7 @@
 """The weights of QuantizedLinear as bytes: what linear.h lays down, in numpy.
 
-`pack` and `unpack` are each other's exact inverse; `gather_up` and `gather_down` lay the same out as gathered.h tells, and
-have inverses too; and `to_matmulnbits` says the same weights, bit for bit, in the layout of ONNX Runtime's MatMulNBits.
+`pack` and `unpack` are each other's exact inverse; `gather_up` and `gather_down` lay the same out as gathered.h tells,
+and have inverses too; `to_matmulnbits` says the same weights, bit for bit, in the layout of ONNX Runtime's MatMulNBits.
 Names are those of linear.h, where the format is told in full. It knows nothing about how codes are chosen, nor about
 files.
 """

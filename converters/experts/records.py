@@ -19,7 +19,7 @@ from shoal.runtime.errors import ConvertError, UsageError
 from shoal.runtime.events import Event, Progress, silent
 from shoal.runtime.experts.layout import Index, Precision
 from shoal.runtime.experts.store import Store
-from shoal.runtime.kernels.layout import PANEL, LinearFormat, pack
+from shoal.runtime.kernels.layout import GATHERED_BITS, PANEL, Codes, gather_down, gather_up, pack
 
 from ..recipe import Format, Recipe
 from ..weights import Weights
@@ -71,7 +71,7 @@ def precisions(recipe: Recipe, card: Card, names: Names) -> tuple[Precision, ...
     for section, used in zip(SECTIONS, _recipes(recipe), strict=False):
         gate_up, down = _formats(used, card, names)
         layouts = gate_up.layout(card.hidden, 2 * card.expert_ffn), down.layout(card.expert_ffn, card.hidden)
-        found.append(Precision(section, *layouts))
+        found.append(Precision(section, *layouts, _gathered(card, gate_up, down)))
     return tuple(found)
 
 
@@ -140,7 +140,7 @@ class Records:
                     # Anew for each precision: rounding takes them over
                     weights.hessians = _moments(weights, names, self.card, inputs, gates[:, expert])
                 checksum = 0
-                for part in _record(weights, self.precisions[at], names):
+                for part in _record(weights, self.card, self.precisions[at], names):
                     file.write(part)
                     checksum = zlib.crc32(part, checksum)
                 weights.hessians = {}
@@ -200,19 +200,31 @@ def _moments(weights: Weights, names: tuple[str, ...], card: Card, inputs: np.nd
     return {(gate, up): into, (down,): between}
 
 
-def _record(weights: Weights, precision: Precision, names: tuple[str, ...]) -> Iterator[bytes]:
+def _record(weights: Weights, card: Card, precision: Precision, names: tuple[str, ...]) -> Iterator[bytes]:
     """A record's bytes, in pieces."""
     gate, up, down = names
-
-    def packed(layout: LinearFormat, names: tuple[str, ...]) -> Iterator[bytes]:
-        format = weights.recipe.format(names[0], "experts")
-        for codes in weights.rounded(names, format, gated=len(names) > 1):
-            yield pack(layout, codes).tobytes()
-
-    yield from packed(precision.gate_up, (gate, up))
+    formats = [weights.recipe.format(name, "experts") for name in (gate, down)]
+    panels = (pack(precision.gate_up, codes) for codes in weights.rounded((gate, up), formats[0], gated=True))
+    if precision.gathered:
+        panels = iter([gather_up(precision.gate_up, np.concatenate(list(panels)))])
+    yield from (some.tobytes() for some in panels)
     yield bytes(precision.down_at - precision.gate_up.bytes)
-    yield from packed(precision.down, (down,))
-    yield bytes(precision.record - precision.down_at - precision.down.bytes)
+    codes = weights.rounded((down,), _down(card, *formats))
+    if precision.gathered:
+        yield gather_down(precision.down, Codes(*map(np.concatenate, zip(*codes, strict=True)))).tobytes()
+    else:
+        yield from (pack(precision.down, some).tobytes() for some in codes)
+    yield bytes(precision.record - precision.down_at - precision.down_bytes)
+
+
+def _gathered(card: Card, gate_up: Format, down: Format) -> bool:
+    """Whether an expert's channels lie one by one: where its gates shut many."""
+    return card.expert_activation == "relu" and {gate_up.bits, down.bits} <= set(GATHERED_BITS)
+
+
+def _down(card: Card, gate_up: Format, down: Format) -> Format:
+    """How down is rounded: a rotation would leave none of the zeros that a gathered one is for."""
+    return dataclasses.replace(down, rotated=False) if _gathered(card, gate_up, down) else down
 
 
 def _formats(recipe: Recipe, card: Card, names: Names) -> tuple[Format, Format]:
@@ -225,7 +237,7 @@ def _formats(recipe: Recipe, card: Card, names: Names) -> tuple[Format, Format]:
                 raise _uneven(f"{name} would be {format}, others {found[part]}")
     if (found["gate"].bits == 32) != (found["down"].bits == 32):
         raise _uneven(f"gate and up would be {found['gate']}, down {found['down']}")
-    return found["gate"], found["down"]
+    return found["gate"], _down(card, found["gate"], found["down"])
 
 
 def _uneven(why: str) -> UsageError:

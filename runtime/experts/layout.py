@@ -7,6 +7,9 @@ is one expert of one layer, all of it in one piece, so that one read brings it:
   down          ffn -> hidden
   zeros         up to a multiple of 4,096 bytes, which is what a read past the page cache wants
 
+Experts whose gates shut channels (ReLU) may be gathered: then an up's weights lie together output by output and a
+down's input by input (runtime/kernels/gathered.h), so that a token reads those of open channels alone.
+
 Record r = layer * experts + expert begins at byte r * record; layers are counted among those that have experts. Each
 has a CRC-32 in the index. `predictor`, optional, is fp32 [layers - 1, experts, hidden]: matrix l times the normed
 input of layer l's experts resembles the router's logits at layer l + 1. It knows nothing about files or caches.
@@ -17,7 +20,7 @@ import json
 from dataclasses import dataclass
 
 from ..errors import BundleError
-from ..kernels.layout import LinearFormat
+from ..kernels.layout import GATHERED_BITS, LinearFormat, gathered_bytes
 
 ALIGNMENT = 4096
 MAX_LAYERS, MAX_EXPERTS = 1024, 1024
@@ -26,11 +29,12 @@ _SECTIONS = ("records", "low")
 
 @dataclass(frozen=True)
 class Precision:
-    """One way in which every expert is stored, in the section `section`."""
+    """One way in which every expert is stored, in the section `section`, `gathered` or in panels throughout."""
 
     section: str
     gate_up: LinearFormat
     down: LinearFormat
+    gathered: bool = False
 
     @property
     def down_at(self) -> int:
@@ -38,9 +42,28 @@ class Precision:
         return -(-self.gate_up.bytes // 64) * 64
 
     @property
+    def down_bytes(self) -> int:
+        return gathered_bytes(self.down) if self.gathered else self.down.bytes
+
+    @property
     def record(self) -> int:
         """Bytes from one record to the next."""
-        return -(-(self.down_at + self.down.bytes) // ALIGNMENT) * ALIGNMENT
+        return -(-(self.down_at + self.down_bytes) // ALIGNMENT) * ALIGNMENT
+
+    def to_dict(self) -> dict:
+        """As the index has it: a down that is gathered goes by another name, so that nobody takes it for panels."""
+        down = "gathered_down" if self.gathered else "down"
+        formats = {"gate_up": dataclasses.asdict(self.gate_up), down: dataclasses.asdict(self.down)}
+        return {"section": self.section, **formats}
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "Precision":
+        """Raises BundleError, or whatever else such values make go wrong."""
+        gathered = "gathered_down" in raw
+        if gathered and "down" in raw:
+            raise _refuse("has two downs")
+        down = raw["gathered_down" if gathered else "down"]
+        return cls(raw["section"], LinearFormat(**raw["gate_up"]).check(), LinearFormat(**down).check(), gathered)
 
 
 @dataclass(frozen=True)
@@ -62,17 +85,15 @@ class Index:
         return (layer * self.experts + expert) * self.precisions[precision].record
 
     def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+        precisions = [one.to_dict() for one in self.precisions]
+        return json.dumps(dataclasses.asdict(self) | {"precisions": precisions}, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Index":
         """Reads untrusted bytes. Raises BundleError that says what is wrong."""
         try:
             raw = json.loads(data)
-            precisions = tuple(
-                Precision(one["section"], LinearFormat(**one["gate_up"]).check(), LinearFormat(**one["down"]).check())
-                for one in raw["precisions"]
-            )
+            precisions = tuple(map(Precision.from_dict, raw["precisions"]))
             found = cls(tuple(raw["blocks"]), raw["experts"], precisions, tuple(tuple(one) for one in raw["checksums"]))
             found._check()
         except BundleError:
@@ -97,6 +118,8 @@ class Index:
                 raise _refuse("has matrices that do not follow each other")
             if one.down.inputs % 16:
                 raise _refuse(f"has experts of {one.down.inputs} channels, not whole panels of 16")
+            if one.gathered and (not {one.gate_up.bits, one.down.bits} <= set(GATHERED_BITS) or one.down.rotated):
+                raise _refuse("gathers what is rotated, or of 3 bits")
             if (one.gate_up.inputs, one.down.inputs) != (self.precisions[0].gate_up.inputs,
                                                          self.precisions[0].down.inputs):  # fmt: skip
                 raise _refuse("has precisions of other shapes")

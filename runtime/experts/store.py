@@ -140,7 +140,8 @@ class Store:
               predictor: np.ndarray | None) -> None:  # fmt: skip
         self.index, self.options, self._predictor = index, options, predictor
         self.between: Between = lambda work: work()
-        formats = [number for one in index.precisions for number in _numbers(one.gate_up) + _numbers(one.down)]
+        formats = [number for one in index.precisions
+                   for number in (*_numbers(one.gate_up), *_numbers(one.down), one.gathered)]  # fmt: skip
         checksums = [np.array(one, np.uint32) for one in index.checksums]
         parameters = (*options.parameters, *[0.0] * (PARAMETERS - len(options.parameters)))
         self._slots = slots

@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "expert_cache.h"
-#include "linear.h"
+#include "gathered.h"
 
 namespace shoal {
 
@@ -29,9 +29,11 @@ struct ExpertRecords {
   int64_t at;
   LinearFormat gate_up, down;
   const uint32_t* checksums;  // [layers * experts]; copied
+  bool gathered = false;      // whether the matrices are as gathered.h has them
 
   int64_t down_at() const { return (gate_up.bytes() + 63) / 64 * 64; }
-  int64_t record() const { return (down_at() + down.bytes() + kExpertAlignment - 1) / kExpertAlignment * kExpertAlignment; }
+  int64_t down_bytes() const { return gathered ? GatheredDown(down).bytes : down.bytes(); }
+  int64_t record() const { return (down_at() + down_bytes() + kExpertAlignment - 1) / kExpertAlignment * kExpertAlignment; }
 };
 
 struct ExpertCounters {

@@ -29,8 +29,8 @@ std::shared_ptr<Experts> experts_of(int64_t handle) {
 using namespace shoal;
 
 // A store over an open file, which it opens once more for itself. `formats` has for each precision inputs, bits, group, span
-// and rotated of gate and up, then the same of down; `ats` where its first record is, `checksums` its CRC-32s. The handle,
-// or below 0: a number of errno's.
+// and rotated of gate and up, then the same of down, then whether they are gathered; `ats` where its first record is,
+// `checksums` its CRC-32s. The handle, or below 0: a number of errno's.
 extern "C" __attribute__((visibility("default"))) int64_t shoal_experts_open(
     int file, int layers, int experts, int precisions, const int64_t* ats, const int64_t* formats,
     const uint32_t* const* checksums, int slots, int policy, const double* parameters, int threads, int64_t rate, int direct,
@@ -41,12 +41,13 @@ extern "C" __attribute__((visibility("default"))) int64_t shoal_experts_open(
     return -EINVAL;
   std::vector<ExpertRecords> records;
   for (int i = 0; i < precisions; ++i) {
-    const int64_t* f = formats + 10 * i;
+    const int64_t* f = formats + 11 * i;
     const LinearFormat gate_up{f[0], 2 * f[5], static_cast<int>(f[1]), f[2], f[3], f[4] != 0};
     const LinearFormat down{f[5], f[0], static_cast<int>(f[6]), f[7], f[8], f[9] != 0};
     if (!gate_up.valid() || !down.valid() || down.inputs % kPanel || ats[i] < 0 || ats[i] % kExpertAlignment) return -EINVAL;
+    if (f[10] && !gatherable(gate_up, down)) return -EINVAL;
     if (i && (down.inputs != records[0].down.inputs || down.outputs != records[0].down.outputs)) return -EINVAL;
-    records.push_back({ats[i], gate_up, down, checksums[i]});
+    records.push_back({ats[i], gate_up, down, checksums[i], f[10] != 0});
   }
   int problem = ENOMEM;
   std::shared_ptr<Experts> made;

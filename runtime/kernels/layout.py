@@ -1,8 +1,9 @@
 """The weights of QuantizedLinear as bytes: what linear.h lays down, in numpy.
 
-`pack` and `unpack` are each other's exact inverse, and `to_matmulnbits` says the same weights, bit for bit, in the
-layout of ONNX Runtime's MatMulNBits. Names are those of linear.h, where the format is told in full. It knows nothing
-about how codes are chosen, nor about files.
+`pack` and `unpack` are each other's exact inverse; `gather_up` and `gather_down` lay the same out as gathered.h tells,
+and have inverses too; `to_matmulnbits` says the same weights, bit for bit, in the layout of ONNX Runtime's MatMulNBits.
+Names are those of linear.h, where the format is told in full. It knows nothing about how codes are chosen, nor about
+files.
 """
 
 import math
@@ -103,6 +104,17 @@ class LinearFormat:
         return self
 
 
+GATHERED_BITS = (2, 4, 8)
+LINE = 64  # bytes of a channel that lie together in a gathered down
+
+
+def gathered_bytes(format: LinearFormat) -> int:
+    """Of a down whose channels lie together (gathered.h)."""
+    lines = -(-format.outputs * format.bits // (8 * LINE))
+    outputs = lines * LINE * 8 // format.bits
+    return (4 * format.spans + format.groups) * outputs + format.inputs * lines * LINE
+
+
 class Codes(NamedTuple):
     """Rows of a matrix as integers: `values` [rows, padded], uint8, or int8 of 8 bits; `multipliers` uint8 1..15
     [rows, groups], of 8 bits all 1; `zeros` [rows, groups], uint8 0..15, or int8 of 8 bits; `scales` fp32
@@ -147,6 +159,76 @@ def pack(format: LinearFormat, codes: Codes) -> np.ndarray:
             packed |= words[..., field] << field * width
         blocks[:, :, at : at + packed[0, 0].nbytes] = packed.view(np.uint8).reshape(panels, format.blocks, -1)
     return data.reshape(-1)
+
+
+def gather_up(format: LinearFormat, data: np.ndarray) -> np.ndarray:
+    """Panels of a gate and its up in turn, as `pack` made them, as one matrix after the other, the up's outputs each in
+    one piece (gathered.h)."""
+    data = data.reshape(-1, 2, format.panel_bytes).swapaxes(0, 1).copy()
+    ups, groups = data[1], format.groups * PANEL
+
+    def by_output(part: np.ndarray) -> np.ndarray:
+        """uint8 [panels, 16, bytes] of what lies by group or word, [panels, count, 16]."""
+        return np.ascontiguousarray(part.reshape(len(ups), -1, PANEL).swapaxes(1, 2)).view(np.uint8)
+
+    scales = by_output(ups[:, : format.groups_at].view(np.uint32))
+    shared = by_output(ups[:, format.groups_at :][:, :groups])
+    shared = np.pad(shared, ((0, 0), (0, 0), (0, -format.groups % 4)))
+    codes = by_output(ups[:, format.codes_at :].view(np.uint32))
+    ups[:, : format.groups_at] = scales.reshape(len(ups), -1)
+    ups[:, format.groups_at :] = np.concatenate([shared, codes], 2).reshape(len(ups), -1)
+    return data.reshape(-1)
+
+
+def gather_down(format: LinearFormat, codes: Codes) -> np.ndarray:
+    """A whole matrix with its inputs' weights each in one piece, uint8 [gathered_bytes] (gathered.h). What pads a line
+    is zero."""
+    fields, rows = 32 // format.bits, len(codes.values)
+    more = -rows % (fields * PANEL)
+    values, multipliers, zeros, scales = (np.pad(part, ((0, more), (0, 0))) for part in codes)
+    groups = zeros.view(np.uint8) if format.bits == 8 else multipliers | zeros << 4
+    columns = values[:, : format.inputs].view(np.uint8).T.astype(np.uint32)
+    columns = columns.reshape(format.inputs, -1, fields, PANEL)  # a line's 16 words, of so many fields
+    words = np.bitwise_or.reduce(columns << np.arange(fields, dtype=np.uint32)[:, None] * format.bits, 2)
+    parts = (scales.astype(np.float32).T, groups.T, words)
+    return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
+
+
+def ungather_up(format: LinearFormat, data) -> np.ndarray:
+    """What `gather_up` was given."""
+    gates, ups = np.frombuffer(data, np.uint8).reshape(2, -1, format.panel_bytes)
+    ups = ups.copy()
+
+    def shared(part: np.ndarray) -> np.ndarray:
+        """uint8 [panels, bytes] of what lies by output, [panels, 16, count]."""
+        return np.ascontiguousarray(part.swapaxes(1, 2)).reshape(len(ups), -1).view(np.uint8)
+
+    rows = np.ascontiguousarray(ups[:, format.groups_at :].reshape(len(ups), PANEL, -1))
+    codes_at = -(-format.groups // 4) * 4
+    scales = shared(ups[:, : format.groups_at].copy().view(np.uint32).reshape(len(ups), PANEL, -1))
+    groups, codes = shared(rows[:, :, : format.groups]), shared(rows[:, :, codes_at:].copy().view(np.uint32))
+    ups[:, : format.groups_at], ups[:, format.codes_at :] = scales, codes
+    ups[:, format.groups_at : format.codes_at] = 0
+    ups[:, format.groups_at :][:, : groups.shape[1]] = groups
+    return np.stack([gates, ups], 1).reshape(-1)
+
+
+def ungather_down(format: LinearFormat, data) -> Codes:
+    """What `gather_down` was given, what pads its inputs 0."""
+    fields = 32 // format.bits
+    outputs = -(-format.outputs // (fields * PANEL)) * fields * PANEL
+    scales, groups, words = np.split(
+        np.frombuffer(data, np.uint8), np.cumsum((4 * format.spans, format.groups)) * outputs
+    )
+    words = words.view(np.uint32).reshape(format.inputs, -1, 1, PANEL)
+    values = words >> np.arange(fields, dtype=np.uint32)[:, None] * format.bits & (1 << format.bits) - 1
+    values = values.astype(np.uint8).reshape(format.inputs, -1).T[: format.outputs]
+    values = np.pad(values, ((0, 0), (0, format.padded - format.inputs)))
+    both = np.ascontiguousarray(groups.reshape(-1, outputs).T[: format.outputs])
+    scales = np.ascontiguousarray(scales.view(np.float32).reshape(-1, outputs).T[: format.outputs])
+    if format.bits == 8:
+        return Codes(values.view(np.int8), np.ones_like(both), both.view(np.int8), scales)
+    return Codes(values, both & 15, both >> 4, scales)
 
 
 def unpack(format: LinearFormat, data, start: int = 0) -> Codes:

@@ -119,6 +119,16 @@ struct LinearPath {
   // (activations within 1e-6 * |gate * up|), or with bias and residual, to y.
   void (*finish)(const LinearFormat&, const LinearCall&, const float* sums, int64_t ld, int64_t first, int64_t rows,
                  int64_t panel, int64_t panels);
+
+  // Gathered layouts (gathered.h), and row 0 of the activations. out[r], the sum of output r of an up's panel, for each
+  // r whose bit of `which` is set; `dealt` are the row's codes, dealt.
+  void (*rows)(const LinearFormat&, const uint8_t* panel, const Activations&, const uint32_t* dealt, unsigned which,
+               float* out);
+
+  // The sums of `count` lines of a down from `line` on, [count * line_outputs()], of the `active` channels, ascending,
+  // among which are all that are not zero. `sums` is room for as many.
+  void (*columns)(const LinearFormat&, const uint8_t* matrix, const Activations&, const int32_t* channels,
+                  int64_t active, int64_t line, int64_t count, int32_t* sums, float* out);
 };
 
 // Whether it could be done: false where memory ran out.

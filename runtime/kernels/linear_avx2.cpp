@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "elementwise.inl"
+#include "gathered.h"
 
 namespace shoal {
 namespace {
@@ -283,10 +284,38 @@ void tile(const LinearFormat& f, const int8_t* weights, const uint8_t* const* he
 
 #include "linear_dispatch.inl"
 
+constexpr int kWords = 8, kBias = 128;  // of gathered.inl
+typedef uint32_t Words __attribute__((vector_size(4 * kWords), may_alias));
+typedef Words Wide;
+constexpr int kWide = kWords;
+
+template <int Bits>
+Words add_quads(Words sum, Words codes, Words x) {
+  auto add = [&](Words some, int factor) {
+    const __m256i twos = _mm256_maddubs_epi16((__m256i)some, (__m256i)x);
+    sum += (Words)_mm256_madd_epi16(twos, _mm256_set1_epi16(static_cast<int16_t>(factor)));
+  };
+  if constexpr (Bits == 8) {
+    codes ^= 0x80808080u;
+    add(codes >> 4u & 0x0f0f0f0fu, 16);
+    codes &= 0x0f0f0f0fu;
+  }
+  add(codes, 1);
+  return sum;
+}
+
+template <int Bits>
+Wide group_of(const uint8_t* at) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
+  return (Wide)(Bits == 8 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+}
+
+#include "gathered.inl"
+
 }  // namespace
 
 const LinearPath* linear_avx2() {
-  static const LinearPath path{"avx2", prepare_any, quantize, dot, expand, tile, finish_any};
+  static const LinearPath path{"avx2", prepare_any, quantize, dot, expand, tile, finish_any, rows, columns};
   return &path;
 }
 

@@ -10,6 +10,7 @@
 #include <initializer_list>
 
 #include "elementwise.inl"
+#include "gathered.h"
 
 namespace shoal {
 namespace {
@@ -244,10 +245,34 @@ void tile(const LinearFormat& f, const int8_t* weights, const uint8_t* const* he
 
 #include "linear_dispatch.inl"
 
+// Of gathered.inl. Half a block of 4 bits is eight words: shorter vectors are as good for a row
+constexpr int kWords = 8, kWide = 16, kBias = 128;
+typedef uint32_t Words __attribute__((vector_size(4 * kWords), may_alias));
+typedef uint32_t Wide __attribute__((vector_size(4 * kWide), may_alias));
+
+template <int Bits>
+Words add_quads(Words sum, Words codes, Words x) {
+  if constexpr (Bits == 8) codes ^= 0x80808080u;
+  return (Words)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
+}
+
+template <int Bits>
+Wide add_quads(Wide sum, Wide codes, Wide x) {
+  if constexpr (Bits == 8) codes ^= 0x80808080u;
+  return (Wide)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
+}
+
+template <int Bits>
+Wide group_of(const uint8_t* at) {
+  return (Wide)(Bits == 8 ? signed_integers(at) : integers(at));
+}
+
+#include "gathered.inl"
+
 }  // namespace
 
 const LinearPath* linear_avx512() {
-  static const LinearPath path{"avx512", prepare_any, quantize, dot, expand, tile, finish_any};
+  static const LinearPath path{"avx512", prepare_any, quantize, dot, expand, tile, finish_any, rows, columns};
   return &path;
 }
 

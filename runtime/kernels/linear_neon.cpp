@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "elementwise.inl"
+#include "gathered.h"
 
 namespace shoal {
 namespace {
@@ -232,10 +233,29 @@ void tile(const LinearFormat& f, const int8_t* weights, const uint8_t* const* he
 
 #include "linear_dispatch.inl"
 
+constexpr int kWords = 4, kBias = 0;  // of gathered.inl
+typedef uint32_t Words __attribute__((vector_size(4 * kWords), may_alias));
+typedef Words Wide;
+constexpr int kWide = kWords;
+
+template <int Bits>
+Words add_quads(Words sum, Words codes, Words x) {
+  return (Words)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)x);
+}
+
+template <int Bits>
+Wide group_of(const uint8_t* at) {
+  int32_t lanes[4];
+  for (int i = 0; i < 4; ++i) lanes[i] = Bits == 8 ? static_cast<int8_t>(at[i]) : at[i];
+  return (Wide)vld1q_s32(lanes);
+}
+
+#include "gathered.inl"
+
 }  // namespace
 
 const LinearPath* linear_neon() {
-  static const LinearPath path{"neon", prepare_any, quantize, dot, expand, tile, finish_any};
+  static const LinearPath path{"neon", prepare_any, quantize, dot, expand, tile, finish_any, rows, columns};
   return &path;
 }
 

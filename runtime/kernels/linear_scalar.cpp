@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "elementwise.inl"
+#include "gathered.h"
 #include "linear.h"
 
 namespace shoal {
@@ -138,6 +139,59 @@ void tile(const LinearFormat& f, const int8_t* weights, const uint8_t* const* he
     }
 }
 
+// The integer weight of a code in the group that `group` says; with 8 bits the code.
+int weight_of(const LinearFormat& f, int code, int group) {
+  return f.bits == 8 ? code : (group & 15) * (f.step() * code - (group >> 4));
+}
+
+void rows(const LinearFormat& f, const uint8_t* panel, const Activations& a, const uint32_t*, unsigned which,
+          float* out) {
+  for (int64_t r = 0; r < kPanel; ++r) {
+    if (!(which >> r & 1)) continue;
+    const float* scales = reinterpret_cast<const float*>(panel) + r * f.spans();
+    const uint8_t* groups = row_at(f, panel, r);
+    const uint8_t* codes = groups + row_codes(f);
+    out[r] = 0;
+    for (int64_t span = 0; span < f.spans(); ++span) {
+      int64_t sum = 0;
+      for (int64_t k = span * f.span; k < std::min((span + 1) * f.span, f.padded()); ++k) {
+        // Input k is in word k / (32 / bits), whose byte k % 4 has one code of each of its quads
+        const int64_t inputs = 32 / f.bits, byte = codes[k / inputs * 4 + k % 4];
+        const auto code = static_cast<int>(byte >> (k % inputs / 4 * f.bits) & ((1 << f.bits) - 1));
+        const int weight = weight_of(f, f.bits == 8 ? static_cast<int8_t>(code) : code, groups[k / f.group]);
+        sum += weight * a.block(0, k / kBlock, f.blocks())[k % kBlock];
+      }
+      if (f.bits == 8) sum -= int64_t{static_cast<int8_t>(groups[span])} * a.totals[span];
+      out[r] = std::fma(static_cast<float>(static_cast<int32_t>(sum)), a.scales[span] * scales[span], out[r]);
+    }
+  }
+}
+
+void columns(const LinearFormat& f, const uint8_t* matrix, const Activations& a, const int32_t* channels,
+             int64_t active, int64_t line, int64_t count, int32_t*, float* out) {
+  const GatheredDown layout(f);
+  const int64_t per_line = line_outputs(f);
+  for (int64_t i = 0; i < count * per_line; ++i) {
+    const int64_t n = line * per_line + i;
+    const uint8_t* of_line = matrix + layout.codes_at + n / per_line * kLine;
+    auto scales = reinterpret_cast<const float*>(matrix);
+    out[i] = 0;
+    for (int64_t span = 0, at = 0; span < f.spans(); ++span) {
+      int64_t sum = 0;
+      for (; at < active && channels[at] < (span + 1) * f.span; ++at) {
+        const int64_t k = channels[at];
+        uint32_t word;
+        std::memcpy(&word, of_line + k * layout.channel + n % kPanel * 4, 4);
+        const auto code = static_cast<int>(word >> (n % per_line / kPanel * f.bits) & ((1u << f.bits) - 1));
+        const int group = matrix[layout.groups_at + k / f.group * layout.outputs + n];
+        const int weight = f.bits == 8 ? static_cast<int8_t>(code) - static_cast<int8_t>(group) : weight_of(f, code, group);
+        sum += weight * a.block(0, k / kBlock, f.blocks())[k % kBlock];
+      }
+      out[i] = std::fma(static_cast<float>(static_cast<int32_t>(sum)), a.scales[span] * scales[span * layout.outputs + n], out[i]);
+    }
+  }
+}
+
 }  // namespace
 
 void linear_rows(const LinearFormat& f, const uint8_t* weights, const int64_t* ids, int64_t count, float factor,
@@ -155,7 +209,7 @@ void linear_rows(const LinearFormat& f, const uint8_t* weights, const int64_t* i
 }
 
 const LinearPath& linear_scalar() {
-  static const LinearPath path{"scalar", prepare, quantize, dot, expand, tile, finish_any};
+  static const LinearPath path{"scalar", prepare, quantize, dot, expand, tile, finish_any, rows, columns};
   return path;
 }
 

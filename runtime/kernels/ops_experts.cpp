@@ -290,13 +290,21 @@ struct ExpertsOperator {
       float* between = scratch.take<float>(count * static_cast<int64_t>(Scratch::round_up(static_cast<size_t>(ffn) * sizeof(float)) / sizeof(float)));
       LinearCall gated{1, x, nullptr, nullptr, 0, nullptr, nullptr, activation, nullptr};
       const Quantized in(records.gate_up, 1);
-      if (!in || !quantize_rows(path, records.gate_up, gated, in.a, parallel)) refuse("Memory ran out for %lld rows.", 1);
-      together(path, records.gate_up, 2, count, parallel, [&](int64_t which, auto&& panels) {
+      Scratch dealt(records.gathered ? static_cast<size_t>(records.gate_up.padded()) : 0);
+      auto words = dealt.take<uint32_t>(0);
+      if (!in || !dealt || !quantize_rows(path, records.gate_up, gated, in.a, parallel)) refuse("Memory ran out for %lld rows.", 1);
+      if (records.gathered) deal(records.gate_up, in.a, 0, words);
+      auto call = [&](int64_t which) {
         LinearCall call = gated;
         call.weights = these[static_cast<size_t>(which)]->record;
         call.y = between + which * ffn;
-        panels(in.a, call);
-      });
+        return call;
+      };
+      if (records.gathered) {
+        gates(path, records.gate_up, in.a, words, count, call, parallel);
+      } else {
+        in_pieces(records.gate_up, 2, count, parallel, [&](int64_t which, int64_t panel) { panels(path, records.gate_up, in.a, call(which), panel, 2); });
+      }
       std::vector<std::unique_ptr<Quantized>> out;
       std::vector<LinearCall> calls;
       for (int64_t which = 0; which < count; ++which) {
@@ -306,26 +314,91 @@ struct ExpertsOperator {
                          products + wanted[static_cast<size_t>(of.index)].places[0] * hidden});
         if (!*out.back() || !quantize_rows(path, records.down, calls.back(), out.back()->a, parallel)) refuse("Memory ran out for %lld rows.", 1);
       }
-      together(path, records.down, 1, count, parallel, [&](int64_t which, auto&& panels) {
-        panels(out[static_cast<size_t>(which)]->a, calls[static_cast<size_t>(which)]);
-      });
+      if (records.gathered) {
+        downs(path, records.down, out, calls, parallel);
+      } else {
+        in_pieces(records.down, 1, count, parallel, [&](int64_t which, int64_t panel) {
+          panels(path, records.down, out[static_cast<size_t>(which)]->a, calls[static_cast<size_t>(which)], panel, 1);
+        });
+      }
     }
   }
 
-  // The products of `count` matrices of one format with a row each; use(which, panels) calls panels(activations, call).
+  // Calls use(which, panel) for every `unit`th panel of `count` matrices of one format, in pieces of some bytes each.
   template <class Use>
-  static void together(const LinearPath& path, const LinearFormat& f, int64_t unit, int64_t count, const Parallel& parallel, Use&& use) {
+  static void in_pieces(const LinearFormat& f, int64_t unit, int64_t count, const Parallel& parallel, Use&& use) {
     const int64_t units = f.panels() / unit + (f.panels() % unit != 0);
     const int64_t step = std::max<int64_t>(1, kPieceBytes / f.panel_bytes() / unit);
     in_runs(parallel, units * count, step, [&](int64_t from, int64_t to) {
-      alignas(64) float sums[2 * kPanel];
-      for (int64_t at = from; at < to; ++at)
-        use(at / units, [&](const Activations& a, const LinearCall& call) {
-          const int64_t panel = at % units * unit;
-          for (int64_t p = 0; p < unit; ++p) path.dot(f, call.weights + (panel + p) * f.panel_bytes(), a, 0, 1, sums + p * kPanel, 2 * kPanel);
-          path.finish(f, call, sums, 2 * kPanel, 0, 1, panel, unit);
-        });
+      for (int64_t at = from; at < to; ++at) use(at / units, at % units * unit);
     });
+  }
+
+  static void panels(const LinearPath& path, const LinearFormat& f, const Activations& a, const LinearCall& call, int64_t panel, int64_t unit) {
+    alignas(64) float sums[2 * kPanel];
+    for (int64_t p = 0; p < unit; ++p) path.dot(f, call.weights + (panel + p) * f.panel_bytes(), a, 0, 1, sums + p * kPanel, 2 * kPanel);
+    path.finish(f, call, sums, 2 * kPanel, 0, 1, panel, unit);
+  }
+
+  // Gathered gates, and then what of their ups these let through: memory gives a gate faster while nobody asks for rows
+  // from elsewhere.
+  template <class Call>
+  void gates(const LinearPath& path, const LinearFormat& f, const Activations& a, const uint32_t* dealt, int64_t count, Call&& call,
+             const Parallel& parallel) const {
+    const int64_t units = f.panels() / 2, step = std::max<int64_t>(1, kPieceBytes / f.panel_bytes());
+    Scratch scratch(static_cast<size_t>(count * units * 2 * kPanel) * sizeof(float));
+    float* sums = scratch.take<float>(0);
+    if (!scratch) refuse("Memory ran out for %lld experts.", count);
+    in_runs(parallel, units * count, step, [&](int64_t from, int64_t to) {
+      for (int64_t at = from; at < to; ++at)
+        path.dot(f, call(at / units).weights + at % units * f.panel_bytes(), a, 0, 1, sums + at * 2 * kPanel, 2 * kPanel);
+    });
+    auto up = [&](int64_t at) { return up_at(f, call(at / units).weights, at % units); };
+    auto open = [&](int64_t at) {
+      unsigned found = 0;
+      for (unsigned r = 0; r < kPanel; ++r)
+        found |= static_cast<unsigned>(activation != Activation::relu || !(sums[at * 2 * kPanel + r] <= 0)) << r;
+      return found;
+    };
+    in_runs(parallel, units * count, step, [&](int64_t from, int64_t to) {
+      for (int64_t at = from; at < to; ++at) {
+        float* found = sums + at * 2 * kPanel;
+        std::fill(found + kPanel, found + 2 * kPanel, 0.f);
+        if (at + 1 < units * count) want_rows(f, up(at + 1), open(at + 1));
+        path.rows(f, up(at), a, dealt, open(at), found + kPanel);
+        path.finish(f, call(at / units), found, 2 * kPanel, 0, 1, at % units * 2, 2);
+      }
+    });
+  }
+
+  // Gathered downs, each of a row's channels that are not 0. A thread takes whole channels where there are experts enough:
+  // memory gives long pieces faster.
+  static void downs(const LinearPath& path, const LinearFormat& f, const std::vector<std::unique_ptr<Quantized>>& rows,
+                    const std::vector<LinearCall>& calls, const Parallel& parallel) {
+    const auto count = static_cast<int64_t>(calls.size());
+    const int64_t all = lines(f), parts = std::min<int64_t>(all, (4 * parallel.threads + count - 1) / count);
+    Scratch scratch(static_cast<size_t>(count) * Scratch::round_up(static_cast<size_t>(f.inputs) * sizeof(int32_t)));
+    if (!scratch) refuse("Memory ran out for %lld experts.", count);
+    std::vector<std::pair<int32_t*, int64_t>> active;
+    for (const auto& row : rows) {
+      int32_t* to = scratch.take<int32_t>(f.inputs);
+      active.emplace_back(to, channels(f, row->a, 0, to));
+    }
+    bool enough = true;
+    in_runs(parallel, parts * count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t at = from; at < to; ++at) {
+        const auto which = static_cast<size_t>(at / parts);
+        const int64_t first = at % parts * all / parts, some = (at % parts + 1) * all / parts - first;
+        const int64_t n = first * line_outputs(f), outputs = some * line_outputs(f);
+        Scratch room(2 * Scratch::round_up(static_cast<size_t>(outputs) * sizeof(float)));
+        if (!room) return __atomic_store_n(&enough, false, __ATOMIC_RELAXED);
+        auto sums = room.take<int32_t>(outputs);
+        auto out = room.take<float>(outputs);
+        path.columns(f, calls[which].weights, rows[which]->a, active[which].first, active[which].second, first, some, sums, out);
+        std::memcpy(calls[which].y + n, out, static_cast<size_t>(std::min(outputs, f.outputs - n)) * sizeof(float));
+      }
+    });
+    if (!enough) refuse("Memory ran out for %lld experts.", count);
   }
 
   void several(const LinearPath& path, const Experts& store, const Share& share, const ExpertReady& ready, const float* x,
@@ -341,7 +414,9 @@ struct ExpertsOperator {
     for (int64_t i = 0; i < count; ++i) std::memcpy(in + i * hidden, x + row(i) / routing.top_k * hidden, static_cast<size_t>(hidden) * sizeof(float));
     const LinearCall gated{count, in, ready.record, nullptr, 0, nullptr, nullptr, activation, between};
     const LinearCall down{count, between, ready.record + records.down_at(), nullptr, 0, nullptr, nullptr, Activation::none, out};
-    if (!linear(path, records.gate_up, gated, parallel) || !linear(path, records.down, down, parallel)) refuse("Memory ran out for %lld rows.", count);
+    const bool enough = records.gathered ? gathered_gate_up(path, records.gate_up, gated, parallel) && gathered_down(path, records.down, down, parallel)
+                                         : linear(path, records.gate_up, gated, parallel) && linear(path, records.down, down, parallel);
+    if (!enough) refuse("Memory ran out for %lld rows.", count);
     for (int64_t i = 0; i < count; ++i) std::memcpy(products + static_cast<int64_t>(row(i)) * hidden, out + i * hidden, static_cast<size_t>(hidden) * sizeof(float));
   }
 };

@@ -131,9 +131,14 @@ def test_records_compute_what_matrices_of_their_values_do(converted, tiny, tmp_p
     data, (precision,) = sink.getvalue(), store.precisions
     for number, (gate, up, down) in enumerate(all_experts(card, names)):
         record = data[number * precision.record :]
+        both, last = record[: precision.gate_up.bytes], record[precision.down_at :][: precision.down_bytes]
+        if precision.gathered:
+            both, last = layout.ungather_up(precision.gate_up, both), layout.ungather_down(precision.down, last)
+        else:
+            last = layout.unpack(precision.down, last)
         parts = [
-            layout.dequantize(one, layout.unpack(one, record[at : at + one.bytes]))
-            for one, at in ((precision.gate_up, 0), (precision.down, precision.down_at))
+            layout.dequantize(precision.gate_up, layout.unpack(precision.gate_up, both)),
+            layout.dequantize(precision.down, last),
         ]
         panels = parts[0].reshape(-1, 2, layout.PANEL, card.hidden)
         replaced[gate], replaced[up] = (panels[:, at].reshape(-1, card.hidden) for at in (0, 1))

@@ -1,5 +1,5 @@
 // Compares every path of QuantizedLinear that this machine has with the scalar path, bit by bit, and the scalar path
-// with plain double precision, over random shapes. Every array has its exact size, so that -fsanitize=address sees
+// with plain double precision, over random shapes; and products that leave channels out with those that do not. Every array has its exact size, so that -fsanitize=address sees
 // what is read or written outside; what a path must not depend on (padding, rows beyond the last) is random.
 //
 //   check_linear [seed [rounds]]      exits with 1 at the first difference
@@ -14,6 +14,7 @@
 #include <random>
 #include <vector>
 
+#include "gathered.h"
 #include "isa.h"
 #include "linear.h"
 #include "threads.h"
@@ -440,6 +441,147 @@ void check_round() {
   }
 }
 
+// The code of input k, output r of a panel as linear.h has it, unsigned.
+uint32_t code_of(const LinearFormat& f, const uint8_t* panel, int64_t k, int64_t r) {
+  const int64_t per_byte = 8 / f.bits, at = k % kBlock, vector = at / (4 * per_byte);
+  const uint8_t byte = panel[f.codes_at() + k / kBlock * f.block_bytes() + vector * 64 + 4 * r + at % 4];
+  return byte >> at / 4 % per_byte * f.bits & ((1u << f.bits) - 1);
+}
+
+// A panel as an up's that is gathered, by the words of gathered.h.
+Array<uint8_t> as_gathered_up(const LinearFormat& f, const uint8_t* panel) {
+  Array<uint8_t> to(f.panel_bytes());
+  for (int64_t r = 0; r < kPanel; ++r) {
+    for (int64_t span = 0; span < f.spans(); ++span)
+      std::memcpy(to.data() + (r * f.spans() + span) * 4, panel + (span * kPanel + r) * 4, 4);
+    const int64_t words = f.padded() * f.bits / 32, shared = (f.groups() + 3) / 4 * 4;
+    uint8_t* row = to.data() + f.groups_at() + r * (shared + 4 * words);
+    for (int64_t group = 0; group < f.groups(); ++group) row[group] = panel[f.groups_at() + group * kPanel + r];
+    for (int64_t w = 0; w < words; ++w) std::memcpy(row + shared + 4 * w, panel + f.codes_at() + w * 64 + 4 * r, 4);
+  }
+  return to;
+}
+
+// A matrix as a down that is gathered; what pads its last line is random.
+Array<uint8_t> as_gathered_down(const Matrix& matrix) {
+  const LinearFormat& f = matrix.f;
+  const GatheredDown layout(f);
+  Array<uint8_t> to(layout.bytes);
+  for (int64_t n = 0; n < f.panels() * kPanel; ++n) {
+    const uint8_t* panel = matrix.packed.data() + n / kPanel * f.panel_bytes();
+    const int64_t r = n % kPanel, line = n / line_outputs(f), p = n % line_outputs(f) / kPanel;
+    for (int64_t span = 0; span < f.spans(); ++span)
+      std::memcpy(to.data() + (span * layout.outputs + n) * 4, panel + (span * kPanel + r) * 4, 4);
+    for (int64_t group = 0; group < f.groups(); ++group)
+      to[layout.groups_at + group * layout.outputs + n] = panel[f.groups_at() + group * kPanel + r];
+    for (int64_t k = 0; k < f.inputs; ++k) {
+      uint8_t* at = to.data() + layout.codes_at + k * layout.channel + line * kLine + 4 * r;
+      uint32_t word;
+      std::memcpy(&word, at, 4);
+      const auto shift = static_cast<uint32_t>(p * f.bits), mask = ((1u << f.bits) - 1) << shift;
+      word = (word & ~mask) | code_of(f, panel, k, r) << shift;
+      std::memcpy(at, &word, 4);
+    }
+  }
+  return to;
+}
+
+// Several rows of a gathered matrix, taken as a down and as a gate and its up, have the bits that they have otherwise.
+void check_gathered_rows(const Matrix& matrix, const Array<uint8_t>& down) {
+  const LinearFormat& f = matrix.f;
+  const int64_t rows = one_of({1, 2, 5, 16, 33}), panels = f.panels(), bytes = f.panel_bytes();
+  Array<float> x(rows * f.inputs), wanted(rows * f.outputs), y(rows * f.outputs);
+  fill(f, x, rows);
+  LinearCall call{rows, x.data(), matrix.packed.data(), nullptr, 0, nullptr, nullptr, Activation::none, wanted.data()};
+  int threads = static_cast<int>(1 + below(3));
+  auto expect = [&](const uint8_t* gathered, auto&& product, int64_t count) {
+    if (!linear(linear_scalar(), f, call, on(threads))) fail("no memory");
+    LinearCall other = call;
+    other.weights = gathered;
+    other.y = y.data();
+    for (auto path : paths) {
+      if (!product(*path, f, other, on(threads))) fail("no memory");
+      expect_same("a gathered matrix", *path, y.data(), wanted.data(), count);
+    }
+  };
+  expect(down.data(), gathered_down, rows * f.outputs);
+  if (f.outputs % (2 * kPanel)) return;
+  Array<uint8_t> both(f.bytes());
+  for (int64_t p = 0; p < panels; ++p) {
+    const uint8_t* of = matrix.packed.data() + p * bytes;
+    const Array<uint8_t> up = as_gathered_up(f, of);
+    std::memcpy(both.data() + (p / 2 + p % 2 * panels / 2) * bytes, p % 2 ? up.data() : of, static_cast<size_t>(bytes));
+  }
+  call.activation = Activation::relu;
+  expect(both.data(), gathered_gate_up, rows * f.outputs / 2);
+}
+
+// What leaves channels out has the bits of what does not: of sparse rows, of any share of zeros.
+void check_gathered() {
+  LinearFormat f;
+  do {
+    f = random_format(1);
+  } while (f.bits == 3 || f.padded() * f.panels() * kPanel > 1'500'000);
+  const Matrix matrix(f);
+  Array<float> x(f.inputs);
+  fill(f, x, 1);
+  const int64_t zeros = one_of({0, 30, 50, 70, 90, 99, 100});
+  for (int64_t k = 0; k < f.inputs; ++k)
+    if (below(100) < zeros) x[k] = 0;
+  const LinearPath& scalar = linear_scalar();
+  const Quantized quantized(f, 1);
+  Array<float> prepared(f.inputs);
+  scalar.prepare(f, x.data(), nullptr, 0, prepared.data());
+  scalar.quantize(f, prepared.data(), quantized.a, 0);
+  const Array<float> wanted = products(scalar, matrix, quantized.a, false);
+
+  // What pads a row may be anything
+  const Array<uint8_t> down = as_gathered_down(matrix);
+  const int64_t all = lines(f);
+  Array<int32_t> active(f.inputs);
+  int64_t count = channels(f, quantized.a, 0, active.data());
+  for (int64_t k = 0, i = 0; k < f.inputs; ++k) {
+    const bool is_there = i < count && active[i] == k;
+    if (is_there) ++i;
+    if (is_there != (quantized.a.block(0, k / kBlock, f.blocks())[k % kBlock] != 0)) fail("channel %d is miscounted", static_cast<int>(k));
+  }
+  if (below(3) == 0)
+    for (count = 0; count < f.inputs; ++count) active[count] = static_cast<int32_t>(count);
+  Array<int32_t> given(count);  // of its exact size
+  std::memcpy(given.data(), active.data(), static_cast<size_t>(count) * 4);
+  Array<uint32_t> dealt(f.padded() / 4);
+  deal(f, quantized.a, 0, dealt.data());
+  for (auto path : paths) {
+    for (int64_t line = 0, some; line < all; line += some) {
+      some = 1 + below(all - line);
+      Array<int32_t> sums(some * line_outputs(f));
+      Array<float> out(sums.size());
+      path->columns(f, down.data(), quantized.a, given.data(), count, line, some, sums.data(), out.data());
+      const int64_t n = line * line_outputs(f);
+      expect_same("columns", *path, out.data(), wanted.data() + n, std::min(sums.size(), f.outputs - n));
+    }
+    for (int64_t p = 0; p < f.panels(); ++p) {
+      const uint8_t* of = matrix.packed.data() + p * f.panel_bytes();
+      const Array<uint8_t> up = as_gathered_up(f, of);
+      const unsigned which = static_cast<unsigned>(one_of<int64_t>({0, 0xffff, below(1 << 16)}));
+      Array<float> out(kPanel);
+      const Array<float> before = [&] {
+        Array<float> copy(kPanel);
+        std::memcpy(copy.data(), out.data(), kPanel * sizeof(float));
+        return copy;
+      }();
+      path->rows(f, up.data(), quantized.a, dealt.data(), which, out.data());
+      for (int64_t r = 0; r < kPanel; ++r) {
+        const int64_t n = p * kPanel + r;
+        if (!(which >> r & 1)) expect_same("an output that was left out", *path, &out[r], &before[r], 1);
+        else if (n < f.outputs) expect_same("rows", *path, &out[r], &wanted[n], 1);
+      }
+    }
+  }
+
+  check_gathered_rows(matrix, down);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -456,6 +598,7 @@ int main(int argc, char** argv) {
   engine.seed(seed);
   for (current_round = 0; current_round < rounds; ++current_round) {
     check_round();
+    check_gathered();
   }
   std::printf("all the same\n");
 }

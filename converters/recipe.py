@@ -130,7 +130,8 @@ class Recipe:
     al. 2022), and `bitstack` makes a `ladder` of the blocks' matrices (Wang et al. 2024) unless a rule names one.
     `smooth` first moves what makes channels unequal out of the activations into the weights (Xiao et al. 2023), by
     calibration text too. A mixture's `experts` are in the format of `linear` where they have none of their own, and
-    with `low` in that one as well, for a device that is short of time or memory. Routers are never rounded."""
+    with `low` in that one as well, for a device that is short of time or memory. `gathered` experts, of ReLU gates, lie
+    so that the channels which these shut are not read. Routers are never rounded."""
 
     name: str = "fp32"
     version: int = 1
@@ -142,6 +143,7 @@ class Recipe:
     smooth: bool = False
     experts: Format | None = None
     low: Format | None = None
+    gathered: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     ladder: Ladder | None = None
 

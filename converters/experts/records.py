@@ -71,7 +71,7 @@ def precisions(recipe: Recipe, card: Card, names: Names) -> tuple[Precision, ...
     for section, used in zip(SECTIONS, _recipes(recipe), strict=False):
         gate_up, down = _formats(used, card, names)
         layouts = gate_up.layout(card.hidden, 2 * card.expert_ffn), down.layout(card.expert_ffn, card.hidden)
-        found.append(Precision(section, *layouts, _gathered(card, gate_up, down)))
+        found.append(Precision(section, *layouts, used.gathered))
     return tuple(found)
 
 
@@ -140,7 +140,7 @@ class Records:
                     # Anew for each precision: rounding takes them over
                     weights.hessians = _moments(weights, names, self.card, inputs, gates[:, expert])
                 checksum = 0
-                for part in _record(weights, self.card, self.precisions[at], names):
+                for part in _record(weights, self.precisions[at], names):
                     file.write(part)
                     checksum = zlib.crc32(part, checksum)
                 weights.hessians = {}
@@ -200,7 +200,7 @@ def _moments(weights: Weights, names: tuple[str, ...], card: Card, inputs: np.nd
     return {(gate, up): into, (down,): between}
 
 
-def _record(weights: Weights, card: Card, precision: Precision, names: tuple[str, ...]) -> Iterator[bytes]:
+def _record(weights: Weights, precision: Precision, names: tuple[str, ...]) -> Iterator[bytes]:
     """A record's bytes, in pieces."""
     gate, up, down = names
     formats = [weights.recipe.format(name, "experts") for name in (gate, down)]
@@ -209,7 +209,7 @@ def _record(weights: Weights, card: Card, precision: Precision, names: tuple[str
         panels = iter([gather_up(precision.gate_up, np.concatenate(list(panels)))])
     yield from (some.tobytes() for some in panels)
     yield bytes(precision.down_at - precision.gate_up.bytes)
-    codes = weights.rounded((down,), _down(card, *formats))
+    codes = weights.rounded((down,), _down(weights.recipe, formats[1]))
     if precision.gathered:
         yield gather_down(precision.down, Codes(*map(np.concatenate, zip(*codes, strict=True)))).tobytes()
     else:
@@ -217,14 +217,9 @@ def _record(weights: Weights, card: Card, precision: Precision, names: tuple[str
     yield bytes(precision.record - precision.down_at - precision.down_bytes)
 
 
-def _gathered(card: Card, gate_up: Format, down: Format) -> bool:
-    """Whether an expert's channels lie one by one: where its gates shut many."""
-    return card.expert_activation == "relu" and {gate_up.bits, down.bits} <= set(GATHERED_BITS)
-
-
-def _down(card: Card, gate_up: Format, down: Format) -> Format:
+def _down(recipe: Recipe, down: Format) -> Format:
     """How down is rounded: a rotation would leave none of the zeros that a gathered one is for."""
-    return dataclasses.replace(down, rotated=False) if _gathered(card, gate_up, down) else down
+    return dataclasses.replace(down, rotated=False) if recipe.gathered else down
 
 
 def _formats(recipe: Recipe, card: Card, names: Names) -> tuple[Format, Format]:
@@ -237,7 +232,14 @@ def _formats(recipe: Recipe, card: Card, names: Names) -> tuple[Format, Format]:
                 raise _uneven(f"{name} would be {format}, others {found[part]}")
     if (found["gate"].bits == 32) != (found["down"].bits == 32):
         raise _uneven(f"gate and up would be {found['gate']}, down {found['down']}")
-    return found["gate"], _down(card, found["gate"], found["down"])
+    able = card.expert_activation == "relu" and {one.bits for one in found.values()} <= {*GATHERED_BITS}
+    if recipe.gathered and not able:
+        raise UsageError(
+            f"The recipe {recipe.name!r} cannot be used.",
+            f"It gathers experts, and these are {found['gate']} with {card.expert_activation} gates.",
+            "Gather experts of 8, 4 or 2 bits with relu gates, or leave gathered out.",
+        )
+    return found["gate"], _down(recipe, found["down"])
 
 
 def _uneven(why: str) -> UsageError:

@@ -10,12 +10,11 @@ from onnx import helper
 
 import shoal
 from shoal.converters.convert import convert
-from shoal.converters.experts import records
 from shoal.converters.recipe import Format, Recipe
 from shoal.converters.text import HELDOUT
 from shoal.runtime import kernels
 from shoal.runtime.bundle import Bundle
-from shoal.runtime.errors import BundleError
+from shoal.runtime.errors import BundleError, UsageError
 from shoal.runtime.experts.layout import Index, Precision
 from shoal.runtime.experts.store import Store, read_index
 from shoal.runtime.kernels.layout import Codes, LinearFormat, gather_down, gather_up, pack, ungather_down, ungather_up
@@ -128,15 +127,13 @@ def test_what_is_left_out_changes_no_bit(layer, bits, down_bits, hidden, ffn, ac
 
 
 @pytest.mark.parametrize("format", [Format(8), Format(4), Format(2, 64)], ids=str)
-def test_a_trained_mixture_answers_as_it_does_in_panels(mixture_folder, tmp_path, monkeypatch, format):
-    """Logits and tokens: half of its channels are closed."""
-    recipe, bundles = Recipe("t", linear=Format(8), embedding=Format(8), head=Format(8), experts=format), []
+def test_a_trained_mixture_answers_as_it_does_in_panels(mixture_folder, tmp_path, format):
+    """Logits and tokens: half of its channels are closed, and a down of 32 is not rotated in panels either."""
+    plain, bundles = Format(8), []
     for gathered in (True, False):
-        with monkeypatch.context() as patched:
-            if not gathered:
-                patched.setattr(records, "_gathered", lambda *_: False)
-            bundles.append(tmp_path / f"{gathered}.shoal")
-            convert(mixture_folder, bundles[-1], recipe, check_parity=False)
+        recipe = Recipe("t", linear=plain, embedding=plain, head=plain, experts=format, gathered=gathered)
+        bundles.append(tmp_path / f"{gathered}.shoal")
+        convert(mixture_folder, bundles[-1], recipe, check_parity=False)
     answers = []
     for path, gathered in zip(bundles, (True, False), strict=True):
         with Bundle.open(path) as bundle:
@@ -157,12 +154,14 @@ def test_a_trained_mixture_answers_as_it_does_in_panels(mixture_folder, tmp_path
 
 
 def test_only_what_a_gate_can_close_is_gathered(mixture_folder, tmp_path):
-    for source, format, gathered in ((mixture_folder, Format(4), True), (mixture_folder, Format(3), False),
-                                     (TINY / "qwen3_moe", Format(4), False)):  # fmt: skip
-        convert(source, tmp_path / "a.shoal", Recipe("t", experts=format), check_parity=False, overwrite=True)
-        with Bundle.open(tmp_path / "a.shoal") as bundle:
-            (precision,) = read_index(bundle).precisions
-        assert precision.gathered == gathered and not (gathered and precision.down.rotated)
+    for source, format in ((mixture_folder, Format(3)), (mixture_folder, Format(32)), (TINY / "qwen3_moe", Format(4))):
+        with pytest.raises(UsageError, match="relu"):
+            convert(source, tmp_path / "a.shoal", Recipe("t", experts=format, gathered=True), check_parity=False)
+    recipe = Recipe("t", experts=Format(4), gathered=True)
+    convert(TINY / "smallthinker", tmp_path / "a.shoal", recipe, check_parity=False)
+    with Bundle.open(tmp_path / "a.shoal") as bundle:
+        (precision,) = read_index(bundle).precisions
+    assert precision.gathered and not precision.down.rotated
 
 
 def test_a_hostile_index_is_refused():

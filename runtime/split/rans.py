@@ -105,15 +105,16 @@ class Coder:
         if many > 1 and min(states) < _LOW:
             return False
         words = iter(np.frombuffer(data, "<u2", offset=head).tolist())
-        mask, slots, packed = (1 << PRECISION) - 1, self._slots.reshape(-1), self._symbols.reshape(-1)
+        mask = (1 << PRECISION) - 1
+        slots, packed = memoryview(self._slots).cast("B"), memoryview(self._symbols).cast("B").cast("I")
         for first in range(0, symbols.size, _PIECE):
             last = min(first + _PIECE, symbols.size)
             found = []
             for i, table in zip(range(first, last), self._tables(first, last).tolist(), strict=True):
                 x = states[i % many]
                 slot = x & mask
-                symbol = int(slots[table << PRECISION | slot])
-                one = int(packed[table << self._bits | symbol])
+                symbol = slots[table << PRECISION | slot]
+                one = packed[table << self._bits | symbol]
                 x = (one & 0xFFFF) * (x >> PRECISION) + slot - (one >> 16)
                 if x < _LOW:
                     word = next(words, None)

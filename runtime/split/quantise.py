@@ -24,7 +24,7 @@ class Quantiser:
     offsets: np.ndarray
 
     def __post_init__(self):
-        if not 1 <= self.bits <= MAX_BITS:
+        if self.bits not in range(1, MAX_BITS + 1):
             raise UsageError(
                 f"A quantiser has {self.bits} bits.", f"They are 1 to {MAX_BITS}.", "Choose some of these."
             )

@@ -106,7 +106,7 @@ class Coder:
             return False
         words = iter(np.frombuffer(data, "<u2", offset=head).tolist())
         mask = (1 << PRECISION) - 1
-        slots, packed = memoryview(self._slots).cast("B"), memoryview(self._symbols).cast("B").cast("I")
+        slots, packed = self._slots.data.cast("B"), self._symbols.data.cast("B").cast("I")
         for first in range(0, symbols.size, _PIECE):
             last = min(first + _PIECE, symbols.size)
             found = []

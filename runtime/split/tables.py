@@ -123,11 +123,11 @@ class Tables:
 def frequencies(counts: np.ndarray) -> np.ndarray:
     """Integers of at least 1 that add up to 2^14, in proportion to `counts` int64 [levels] as far as that leaves room;
     all alike where nothing was counted. The largest remainders get what is left, of equal ones the first."""
-    counts = [int(count) for count in counts]
-    counts = counts if any(counts) else [1] * len(counts)
-    total, room = sum(counts), (1 << PRECISION) - len(counts)
-    found = [1 + count * room // total for count in counts]
-    by_remainder = sorted(range(len(counts)), key=lambda level: (-(counts[level] * room % total), level))
+    shares = [int(count) for count in counts]
+    shares = shares if any(shares) else [1] * len(shares)
+    total, room = sum(shares), (1 << PRECISION) - len(shares)
+    found = [1 + share * room // total for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda level: (-(shares[level] * room % total), level))
     for level in by_remainder[: (1 << PRECISION) - sum(found)]:
         found[level] += 1
     return np.array(found, np.uint16)

@@ -1,4 +1,4 @@
-"""The Python of README.md and of docs' python.md, bitstack.md and experts.md is run as it stands: blocks in
+"""The Python of README.md and of docs' python.md, bitstack.md, experts.md and split.md is run as it stands: blocks in
 their order, on real models, beside an agent that has no edge."""
 
 import re
@@ -81,6 +81,11 @@ def test_the_page_on_experts_runs(run_page, tmp_path):
     convert(ROOT / "tests" / "data" / "tiny" / "olmoe", tmp_path / "model.shoal", "int8", check_parity=False)
     said = run_page("docs/experts.md")
     assert "Counters(hits=" in said and Path("model.trace").exists()
+
+
+def test_the_page_on_latents_runs(run_page):
+    said = re.search("^([0-9]+) of ([0-9]+) bytes, off by at most ([0-9.]+)$", run_page("docs/split.md"), re.M)
+    assert said and int(said[1]) < int(said[2]) / 8 and float(said[3]) < 0.5
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -58,6 +58,7 @@ ROUNDS = {
     "check_attention": 100,
     "check_amx": 40,
     "check_crc32": 50,
+    "check_rans": 50,
 }  # of which a deep run has forty times as many
 
 
@@ -77,7 +78,14 @@ def make(name: str, folder: Path) -> Path:
     command, extra = BUILDS[name]
     compiler = build.Compiler([command], ["-Werror", *extra])
     x86 = compiler.machine == "x86_64"
-    checks = ["check_linear", "check_stack", "check_attention", "check_crc32", *(["check_amx"] if x86 else [])]
+    checks = [
+        "check_linear",
+        "check_stack",
+        "check_attention",
+        "check_crc32",
+        "check_rans",
+        *(["check_amx"] if x86 else []),
+    ]
     sources = [*build.SOURCES, *([HERE / "amx_emulator.cpp"] if x86 else [])]
     objects = compiler.compile([*sources, *(HERE / f"{check}.cpp" for check in checks)], folder)
     for check, one in zip(checks, objects[len(sources) :], strict=True):
@@ -150,3 +158,8 @@ def test_amx_among_other_users_of_the_tiles(said, run):
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_checksums_are_zlibs(said, run):
     assert "all as it should be" in said("check_crc32", run)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_rans_takes_no_bytes_that_it_would_not_make(said, run):
+    assert "all as it should be" in said("check_rans", run)

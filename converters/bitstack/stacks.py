@@ -6,7 +6,6 @@ the same kernels as on a device, so that a model can be measured at every size b
 nothing about graphs, orders or perplexities.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -31,7 +30,7 @@ _ROWS = 1024  # of a rung, rounded at once
 class Stacks:
     """All stacked matrices of one conversion. `handle` names them to a graph's input `stack`; `errors` has for each
     matrix ||left X||^2 over its calibration inputs with 0, 1, 2, .. of its steps, `levels` to which level of the ladder
-    each of its steps brings it."""
+    each of its steps brings it. A matrix has no step that a better one makes useless."""
 
     def __init__(self, ladder: Ladder, work: Work):
         if not kernels.available():
@@ -112,17 +111,6 @@ class Stacks:
             self._registry.set(matrix, [payloads[at] for at in blocks], base)  # type: ignore[arg-type]
             self._counts[matrix] = count
 
-    def drop(self, level: int) -> None:
-        """Does without the steps that bring a matrix to `level`, a rung's, unless it has no other to begin with."""
-        self.handle  # noqa: B018 (makes the registry)
-        for matrix, own in enumerate(self.levels):
-            at = own.index(level) if level in own[1:] else 0
-            if at:
-                one = self.matrices[matrix]
-                self.matrices[matrix] = dataclasses.replace(one, steps=one.steps[:at] + one.steps[at + 1 :])
-                del own[at], self._payloads[matrix][at], self.errors[matrix][at + 1]
-                self._counts[matrix] = -1  # steps have other numbers now
-
     def write(self, sink, index: Index) -> None:
         """Writes the stack's entries in the order of `index`."""
         for entry in index.entries():
@@ -197,13 +185,17 @@ class _Stop(NamedTuple):
 
 
 def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0) -> list[int]:
-    """Which of a matrix's models (bytes, error) to keep: of the first and its `rivals`, the next so many, and of two of
-    which the later is no larger, the one with less error for its bytes (channels that outdo all others leave blocks ten
-    times the error of integers in a few matrices); and all others. The last is always kept."""
+    """Which of a matrix's models (bytes, error) to keep. Of the first and its `rivals`, the next so many, and of two of
+    which the later is no larger, the one with less error for its bytes: channels that outdo all others leave blocks
+    ten times the error of integers in a few matrices, and less everywhere else. Of the others those that take off more
+    for a byte than the next one does, and the last."""
 
     def loss(at: int) -> float:
         size, error = stops[at]
         return math.log(max(error, 1e-30)) + WORTH * 8 * size / weights
+
+    def gain(before: int, at: int) -> float:
+        return (stops[before][1] - stops[at][1]) / (stops[at][0] - stops[before][0])
 
     kept = [0]
     for at in range(1, len(stops)):
@@ -211,8 +203,12 @@ def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0
         rival = no_larger or (at <= rivals and len(kept) == 1)
         if (rival and loss(at) < loss(kept[-1])) or (no_larger and last):
             kept[-1] = at
-        elif not no_larger:
-            kept.append(at)
+            continue
+        if no_larger:
+            continue
+        while len(kept) > 1 and gain(kept[-2], kept[-1]) <= gain(kept[-1], at):
+            kept.pop()
+        kept.append(at)
     return kept
 
 

@@ -151,7 +151,7 @@ class Stacks:
             left.take(_in_domain(layout, codes))
             raw = {"bits": layout.bits, "group": layout.group, "span": layout.span}
             stops.append(_Stop(entry_bytes(layout), left.error, raw, [pack_linear(layout, codes)]))
-        payloads, steps, levels, errors = list[bytearray](), list[dict](), list[int](), [whole]
+        payloads, steps, levels, errors = list[bytearray | np.ndarray](), list[dict](), list[int](), [whole]
         rivals = sum(rung.bits <= ladder.first for rung in ladder.rungs)
         for at in worthwhile([(stop.bytes, stop.error) for stop in stops], weights.size, rivals):
             stop, level = stops[at], ladder.floor + at if steps else ladder.floor
@@ -181,7 +181,7 @@ class _Stop(NamedTuple):
     bytes: int
     error: float
     raw: dict
-    payloads: list[bytearray]
+    payloads: Sequence[bytearray | np.ndarray]
 
 
 def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0) -> list[int]:

@@ -206,8 +206,9 @@ def _record(weights: Weights, precision: Precision, names: tuple[str, ...]) -> I
     formats = [weights.recipe.format(name, "experts") for name in (gate, down)]
     panels = (pack(precision.gate_up, codes) for codes in weights.rounded((gate, up), formats[0], gated=True))
     if precision.gathered:
-        panels = iter([gather_up(precision.gate_up, np.concatenate(list(panels)))])
-    yield from (some.tobytes() for some in panels)
+        yield gather_up(precision.gate_up, np.concatenate(list(panels))).tobytes()
+    else:
+        yield from (some.tobytes() for some in panels)
     yield bytes(precision.down_at - precision.gate_up.bytes)
     codes = weights.rounded((down,), _down(weights.recipe, formats[1]))
     if precision.gathered:

@@ -220,10 +220,10 @@ def ungather_down(format: LinearFormat, data) -> Codes:
     scales, groups, words = np.split(
         np.frombuffer(data, np.uint8), np.cumsum((4 * format.spans, format.groups)) * outputs
     )
-    words = words.view(np.uint32).reshape(format.inputs, -1, 1, PANEL)
-    values = words >> np.arange(fields, dtype=np.uint32)[:, None] * format.bits & (1 << format.bits) - 1
-    values = values.astype(np.uint8).reshape(format.inputs, -1).T[: format.outputs]
-    values = np.pad(values, ((0, 0), (0, format.padded - format.inputs)))
+    packed = words.view(np.uint32).reshape(format.inputs, -1, 1, PANEL)
+    fielded = packed >> np.arange(fields, dtype=np.uint32)[:, None] * format.bits & (1 << format.bits) - 1
+    columns = fielded.astype(np.uint8).reshape(format.inputs, -1).T[: format.outputs]
+    values = np.pad(columns, ((0, 0), (0, format.padded - format.inputs)))
     both = np.ascontiguousarray(groups.reshape(-1, outputs).T[: format.outputs])
     scales = np.ascontiguousarray(scales.view(np.float32).reshape(-1, outputs).T[: format.outputs])
     if format.bits == 8:

@@ -186,8 +186,8 @@ class _Stop(NamedTuple):
 
 def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0) -> list[int]:
     """Which of a matrix's models (bytes, error) to keep. Of the first and its `rivals`, the next so many, and of two of
-    which the later is no larger, the one with less error for its bytes: channels that outdo all others leave blocks
-    ten times the error of integers in a few matrices, and less everywhere else. Of the others those that take off more
+    which the later is no larger, the one with less error for its bytes: mostly the blocks, but in a few matrices
+    channels that outdo all others leave them many times the error of integers. Of the others those that take off more
     for a byte than the next one does, and the last."""
 
     def loss(at: int) -> float:

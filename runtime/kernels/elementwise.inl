@@ -52,7 +52,6 @@ inline float gelu(float x) {
   return x < 0 ? x * half : x * (1.0f - half);
 }
 
-
 template <float (*Function)(float)>
 void gate_with(const float* sums, int64_t ld, int64_t rows, float* y, int64_t columns) {
   for (int64_t row = 0; row < rows; ++row)

@@ -83,9 +83,10 @@ class Ladder:
     """The steps of a stacked matrix, of which a device has as many as it has memory for. The `first` are blocks of
     signs and factors, chosen together and always there. `rungs` are whole matrices, each in place of all before it (the
     first of them is always there where there are no first blocks, or where it has no more bits than these and loses
-    less for its bytes); a matrix leaves out those that are worth less than the next. Then come `blocks` on top. The
-    factors' `rank` is 1, 2 or 4 by error per byte where it is 0. `sort` orders the steps of all matrices: by `proxy`
-    (calibrated errors), `average` and `greedy` (measured perplexities, thousands of them), or `random`."""
+    less for its bytes); those that have no more bits than these are left out where they are worth less than the next.
+    Then come `blocks` on top. The factors' `rank` is 1, 2 or 4 by error per byte where it is 0. `sort` orders the steps
+    of all matrices: by `proxy` (calibrated errors), `average` and `greedy` (measured perplexities, thousands of them),
+    or `random`."""
 
     first: int = 2
     rungs: tuple[Format, ...] = ()
@@ -97,6 +98,11 @@ class Ladder:
     def floor(self) -> int:
         """How many steps a matrix always has."""
         return self.first or 1
+
+    @property
+    def rivals(self) -> int:
+        """How many rungs have no more bits than the first blocks, each of which is about one."""
+        return sum(rung.bits <= self.first for rung in self.rungs)
 
     @property
     def levels(self) -> list[int]:

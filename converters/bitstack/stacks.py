@@ -6,6 +6,7 @@ the same kernels as on a device, so that a model can be measured at every size b
 nothing about graphs, orders or perplexities.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,7 +31,7 @@ _ROWS = 1024  # of a rung, rounded at once
 class Stacks:
     """All stacked matrices of one conversion. `handle` names them to a graph's input `stack`; `errors` has for each
     matrix ||left X||^2 over its calibration inputs with 0, 1, 2, .. of its steps, `levels` to which level of the ladder
-    each of its steps brings it. A matrix has no step that a better one makes useless."""
+    each of its steps brings it."""
 
     def __init__(self, ladder: Ladder, work: Work):
         if not kernels.available():
@@ -111,6 +112,17 @@ class Stacks:
             self._registry.set(matrix, [payloads[at] for at in blocks], base)  # type: ignore[arg-type]
             self._counts[matrix] = count
 
+    def drop(self, level: int) -> None:
+        """Does without the steps that bring a matrix to `level`, a rung's, unless it has no other to begin with."""
+        self.handle  # noqa: B018 (makes the registry)
+        for matrix, own in enumerate(self.levels):
+            at = own.index(level) if level in own[1:] else 0
+            if at:
+                one = self.matrices[matrix]
+                self.matrices[matrix] = dataclasses.replace(one, steps=one.steps[:at] + one.steps[at + 1 :])
+                del own[at], self._payloads[matrix][at], self.errors[matrix][at + 1]
+                self._counts[matrix] = -1  # steps have other numbers now
+
     def write(self, sink, index: Index) -> None:
         """Writes the stack's entries in the order of `index`."""
         for entry in index.entries():
@@ -152,8 +164,7 @@ class Stacks:
             raw = {"bits": layout.bits, "group": layout.group, "span": layout.span}
             stops.append(_Stop(entry_bytes(layout), left.error, raw, [pack_linear(layout, codes)]))
         payloads, steps, levels, errors = list[bytearray | np.ndarray](), list[dict](), list[int](), [whole]
-        rivals = sum(rung.bits <= ladder.first for rung in ladder.rungs)
-        for at in worthwhile([(stop.bytes, stop.error) for stop in stops], weights.size, rivals):
+        for at in worthwhile([(stop.bytes, stop.error) for stop in stops], weights.size, ladder.rivals):
             stop, level = stops[at], ladder.floor + at if steps else ladder.floor
             levels += range(level - len(stop.payloads) + 1, level + 1)
             # The first blocks come together: what one of them alone would leave is never seen
@@ -185,17 +196,13 @@ class _Stop(NamedTuple):
 
 
 def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0) -> list[int]:
-    """Which of a matrix's models (bytes, error) to keep. Of the first and its `rivals`, the next so many, and of two of
-    which the later is no larger, the one with less error for its bytes: mostly the blocks, but in a few matrices
-    channels that outdo all others leave them many times the error of integers. Of the others those that take off more
-    for a byte than the next one does, and the last."""
+    """Which of a matrix's models (bytes, error) to keep: of the first and its `rivals`, the next so many, and of two of
+    which the later is no larger, the one with less error for its bytes (mostly the blocks, but in a few matrices
+    channels that outdo all others leave them many times the error of integers); and all others, the last always."""
 
     def loss(at: int) -> float:
         size, error = stops[at]
         return math.log(max(error, 1e-30)) + WORTH * 8 * size / weights
-
-    def gain(before: int, at: int) -> float:
-        return (stops[before][1] - stops[at][1]) / (stops[at][0] - stops[before][0])
 
     kept = [0]
     for at in range(1, len(stops)):
@@ -203,12 +210,8 @@ def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0
         rival = no_larger or (at <= rivals and len(kept) == 1)
         if (rival and loss(at) < loss(kept[-1])) or (no_larger and last):
             kept[-1] = at
-            continue
-        if no_larger:
-            continue
-        while len(kept) > 1 and gain(kept[-2], kept[-1]) <= gain(kept[-1], at):
-            kept.pop()
-        kept.append(at)
+        elif not no_larger:
+            kept.append(at)
     return kept
 
 

@@ -196,9 +196,11 @@ class _Stop(NamedTuple):
 
 
 def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0) -> list[int]:
-    """Which of a matrix's models (bytes, error) to keep: of the first and its `rivals`, the next so many, and of two of
-    which the later is no larger, the one with less error for its bytes (mostly the blocks, but in a few matrices
-    channels that outdo all others leave them many times the error of integers); and all others, the last always."""
+    """Which of a matrix's models (bytes, error) to keep. Of two of which the later is no larger, the one with less
+    error for its bytes. In place of the first a larger one of its `rivals`, the next so many, that has half its error:
+    in a few matrices channels that outdo all others leave blocks many times the error of integers. Where less than that
+    is between them errors compare badly: Gemma 3, with integers in six matrices for their 10 % less error, had 13 %
+    more perplexity. And all others, the last always."""
 
     def loss(at: int) -> float:
         size, error = stops[at]
@@ -207,8 +209,8 @@ def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0
     kept = [0]
     for at in range(1, len(stops)):
         no_larger, last = stops[at][0] <= stops[kept[-1]][0], at == len(stops) - 1
-        rival = no_larger or (at <= rivals and len(kept) == 1)
-        if (rival and loss(at) < loss(kept[-1])) or (no_larger and last):
+        outdone = at <= rivals and len(kept) == 1 and 2 * stops[at][1] <= stops[0][1]
+        if outdone or (no_larger and (last or loss(at) < loss(kept[-1]))):
             kept[-1] = at
         elif not no_larger:
             kept.append(at)

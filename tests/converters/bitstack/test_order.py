@@ -119,8 +119,9 @@ def test_matrices_that_do_not_stop_at_a_level_wait_for_the_next():
     ("rivals", "stops", "kept"),
     [
         (0, [(200, 1.0)], [0]),
-        (1, [(200, 1.0), (210, 0.1), (300, 0.02)], [1, 2]),  # the floor's rival: less for its bytes
-        (1, [(200, 1.0), (210, 0.99), (300, 0.2)], [0, 1, 2]),  # or a step
+        (1, [(200, 1.0), (210, 0.1), (300, 0.02)], [1, 2]),  # the floor's rival: half the error
+        (1, [(200, 1.0), (210, 0.51), (300, 0.2)], [0, 1, 2]),  # or a step
+        (1, [(200, 1.0), (300, 0.2)], [1]),
         (0, [(200, 1.0), (210, 0.1), (300, 0.02)], [0, 1, 2]),
         (0, [(200, 1.0), (200, 0.9), (300, 0.2)], [1, 2]),  # no larger and better: comes instead
         (0, [(200, 1.0), (190, 1.5), (300, 0.2)], [0, 2]),  # smaller, and worse by more than its bytes are worth

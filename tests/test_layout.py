@@ -37,7 +37,10 @@ LAZILY = {
     "device_agents": {"segno", "flwr", "starlette", "uvicorn", "ray"},
 }
 # Where something is trained: they import torch at their top, and nobody else imports them there
-TRAINED = {"converters/split/network.py", "converters/split/operators.py", "converters/split/operators_plain.py"}
+TRAINED = {
+    *(f"converters/split/{name}.py" for name in ("network", "operators", "operators_plain")),
+    *(f"converters/sources/{name}.py" for name in ("aten", "torch_module")),
+}
 NETWORK = {"http.client", "urllib.request", "starlette", "uvicorn", "httpx", "requests"}
 ENGINE_DOORS = {"runtime/session.py", "runtime/prepack.py"}
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

@@ -38,8 +38,8 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Card:
-    """`inputs` and `outputs` with their shapes, an open axis as its name or None; `parameters` are numbers in fp tensors
-    of the file, `nodes` counts each operator."""
+    """`inputs` and `outputs` with their shapes, an open axis as its name or None; `parameters` are the numbers in fp
+    tensors of the file, `nodes` counts each operator."""
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]

@@ -43,7 +43,8 @@ class Node:
 @dataclass(frozen=True)
 class Graph:
     """Nodes in the order in which they can run, all of them needed. `tensors` are the weights and constants by name.
-    `paths` are further names of values: of a torch module, the output of each part by its module path."""
+    `paths` are further names of values: of a torch module, the output of each part by its module path. `weights` are the
+    tensors that are trained, where the source says."""
 
     nodes: tuple[Node, ...]
     inputs: tuple[Value, ...]
@@ -51,6 +52,7 @@ class Graph:
     tensors: Mapping[str, np.ndarray]
     opset: int
     paths: Mapping[str, str] = field(default_factory=dict)
+    weights: frozenset[str] = frozenset()
 
     def value(self, name: str) -> str:
         """The value that `name` means: a value's own, a path's, or that of a node with one output. ConvertError."""
@@ -143,7 +145,7 @@ def cuts(graph: Graph, shapes: Mapping[str, Sequence[int]] | None = None) -> lis
         raise _hopeless(graph)
     one, two = sizes(graph, shapes, batches=(1, 2))
     cost = {id(node): macs(node, one, graph) for node in graph.nodes}
-    paths = {value: path for path, value in graph.paths.items()}  # of several paths the last is the outermost
+    paths = {value: path for path, value in graph.paths.items()}  # of several the last, which is the outermost
     total, found = sum(cost.values()), []
     for name in candidates:
         shape = one[name]

@@ -1,8 +1,8 @@
 """A graph of ONNX operators as a torch module: trained, cut in two, and written back to ONNX.
 
-Weights are parameters, running means and variances of batch norms are buffers, and every value of the graph can be asked for by
-its name, as features to distil. Halves share their weights with the whole. Imported only where something is trained:
-it needs torch.
+Weights are parameters, running means and variances of batch norms are buffers, and every value of the graph can be
+asked for by its name, as features to distil. Halves share their weights with the whole. Imported only where something
+is trained: it needs torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class Network(nn.Module):
             At(str(node), node.attributes, graph.opset, len(node.outputs), not read.isdisjoint(node.outputs[1:]))
             for node in graph.nodes
         ]
-        weights, numbers = _weights(graph), _numbers(graph)
+        weights, numbers = graph.weights or _weights(graph), _numbers(graph)
         for name, array in graph.tensors.items():
             key = name.replace(".", "/")
             if shared is not None and name in shared._plain:
@@ -114,7 +114,7 @@ class Network(nn.Module):
 
     def trained(self) -> Graph:
         """The graph with the weights as they are now."""
-        now = {name: getattr(self, key).detach().cpu().numpy() for name, key in self._keys.items()}
+        now = {name: getattr(self, key).detach().cpu().numpy().copy() for name, key in self._keys.items()}
         return replace(self.graph, tensors={**self.graph.tensors, **now})
 
     def _plan(self, wanted: tuple[str, ...]) -> tuple[list[int], list[list[str]]]:
@@ -148,9 +148,9 @@ def export(
     module: nn.Module, example: Tensor | Sequence[Tensor], *, inputs: Sequence[str] = (), outputs: Sequence[str] = (),
     dims: Mapping[str, Sequence[int | str | None]] | None = None,
 ) -> bytes:  # fmt: skip
-    """ModelProto bytes of a `Network` as it is trained, or of any torch module, as for inference: batch norms are folded
-    into convolutions. The first axis of every input is open, the others are as in `example`, but for `dims` by the
-    (new) name of an input. `inputs` and `outputs` rename those, in order. Raises ConvertError.
+    """ModelProto bytes of a `Network` as it is trained, or of any torch module, as for inference: batch norms are
+    folded into convolutions. The first axis of every input is open, the others are as in `example`, but for `dims` by
+    the (new) name of an input. `inputs` and `outputs` rename those, in order. Raises ConvertError.
     """
     examples = [example] if isinstance(example, Tensor) else list(example)
     if isinstance(module, Network):

@@ -32,7 +32,7 @@ def write(
         dtype = ir.DataType.from_numpy(np.dtype(port.dtype))
         values[port.name] = ir.Value(name=port.name, shape=shape, type=ir.TensorType(dtype))
     for name, array in graph.tensors.items():
-        values[name] = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+        values[name] = ir.Value(name=name, const_value=ir.tensor(np.asarray(array, order="C"), name=name))
     nodes = []
     for node in graph.nodes:
         made = [values.setdefault(name, ir.Value(name=name)) if name else ir.Value(name="") for name in node.outputs]

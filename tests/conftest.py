@@ -64,6 +64,12 @@ def reader_onnx() -> Path:
 
 
 @pytest.fixture(scope="session")
+def ocr_folder() -> Path:
+    """PP-OCRv4's detector and its classifier of directions in ONNX, by their file names."""
+    return _model("ocr")
+
+
+@pytest.fixture(scope="session")
 def efficientnet():
     """EfficientNet-Lite0 as a torch module in eval: fp32 [n, 3, h, w] as (x - 127) / 128, to 1,000 logits."""
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'shoal[train]'")

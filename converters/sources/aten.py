@@ -392,6 +392,7 @@ def _pad(b, a, out):
 def _upsample(b, a, out):
     name = b._node.target._schema.name
     mode = "nearest" if "nearest" in name else "cubic" if "cubic" in name else "linear"
+    said: dict[str, Any]
     if mode == "nearest":
         said = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     else:

@@ -145,7 +145,7 @@ def _port(value: ir.Value) -> Value:
     return Value(str(value.name), dtype, tuple(dims))
 
 
-def _array(name: str, tensor: ir.TensorProtocol | None) -> np.ndarray:
+def _array(name: str, tensor: Any) -> np.ndarray:
     """The tensor's numbers, where the file has as many as it says."""
     if tensor is None:
         raise _damaged(f"Its tensor {name!r:.80} has no value.")
@@ -153,14 +153,22 @@ def _array(name: str, tensor: ir.TensorProtocol | None) -> np.ndarray:
         why = f"Its tensor {name!r:.80} is {tensor.dtype}; training needs fp32."
         raise ConvertError("The ONNX network cannot be used.", why, "Export it in fp32.")
     try:
-        expected = math.ceil(math.prod(tensor.shape.numpy()) * tensor.dtype.itemsize)
-        raw = getattr(tensor, "raw", None)
+        shape = tensor.shape.numpy()
+        expected = math.ceil(math.prod(shape) * tensor.dtype.itemsize)
+        if min(shape, default=0) < 0:
+            raise _damaged(f"Its tensor {name!r:.80} has the shape {list(shape)}.")
         if isinstance(tensor, ir.ExternalTensor):
             there = os.path.getsize(tensor.path) - (tensor.offset or 0)
             if expected > min(there, tensor.length if tensor.length is not None else there):
                 raise _damaged(f"Its tensor {name!r:.80} ends behind its file.")
-        elif getattr(raw, "raw_data", b"") and len(raw.raw_data) != expected:
-            raise _damaged(f"Its tensor {name!r:.80} has {len(raw.raw_data)} bytes instead of {expected}.")
+        elif isinstance(tensor, ir.TensorProtoTensor):
+            raw = tensor.raw
+            there = len(raw.raw_data)
+            if not there:  # in one of the fields for numbers
+                kept = (raw.float_data, raw.int32_data, raw.int64_data, raw.double_data, raw.uint64_data)
+                there = math.ceil(sum(map(len, kept)) * tensor.dtype.itemsize)
+            if there != expected:
+                raise _damaged(f"Its tensor {name!r:.80} has {there} bytes instead of {expected}.")
         return tensor.numpy()
     except ShoalError:
         raise

@@ -43,8 +43,8 @@ class Node:
 @dataclass(frozen=True)
 class Graph:
     """Nodes in the order in which they can run, all of them needed. `tensors` are the weights and constants by name.
-    `paths` are further names of values: of a torch module, the output of each part by its module path. `weights` are the
-    tensors that are trained, where the source says."""
+    `paths` are further names of values: of a torch module, the output of each part by its module path. `weights` are
+    the tensors that are trained, where the source says."""
 
     nodes: tuple[Node, ...]
     inputs: tuple[Value, ...]

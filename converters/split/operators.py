@@ -16,7 +16,6 @@ from torch import Tensor
 
 from shoal.runtime.errors import ConvertError
 
-Axis = tuple[Tensor, Tensor]
 OPERATORS: dict[str, Callable[..., Any]] = {}
 
 
@@ -49,8 +48,8 @@ def operator(*names: str) -> Callable[[Callable], Callable]:
     return known
 
 
-def listed(x: Tensor | None) -> list | None:
-    """A tensor of lengths, axes or scales as Python numbers."""
+def listed(x: Tensor | None) -> Any:
+    """A tensor of lengths, axes or scales as a list of Python numbers; None stays None."""
     return None if x is None else x.reshape(-1).tolist()
 
 
@@ -264,7 +263,7 @@ def _resized(x, factors, sizes, axes, mode, transform, nearest, a, outside):
     return x
 
 
-def _sampled(x: Tensor, axis: int, at: Tensor, mode: str, nearest: str, a: float, outside: int) -> Tensor:
+def _sampled(x: Tensor, axis: int, at: Tensor, mode: str, nearest: str, a: float, outside: int) -> Any:
     """`x` along an axis where `at` says: the nearest number, or a sum of the 2 or 4 around it."""
     last = x.shape[axis] - 1
     if mode == "nearest":

@@ -42,7 +42,8 @@ def write(
     outputs = [values[name] for name in graph.outputs]
     for value in outputs:
         value.type = ir.TensorType(ir.DataType.from_numpy(kinds[str(value.name)]))
-        if row := dims.get(str(value.name)):
+        if str(value.name) in dims:
+            row = dims[str(value.name)]
             value.shape = ir.Shape(["n" if dim is None and i == 0 else dim for i, dim in enumerate(row)])
     inner = ir.Graph([values[port.name] for port in graph.inputs], outputs, nodes=nodes, name="network",
                      initializers=[values[name] for name in graph.tensors],

@@ -58,7 +58,8 @@ CASES = [
     # Activations
     *((20, FLAT, "", f"y = {node} (x)") for node in (
         "Relu", "Sigmoid", "Tanh", "HardSigmoid <alpha = 0.3, beta = 0.4>", "HardSwish", "LeakyRelu <alpha = 0.2>",
-        "Elu <alpha = 1.5>", "Selu", "Celu <alpha = 2.0>", "Softplus", "Softsign", "Gelu", "Gelu <approximate = 'tanh'>", "Mish",
+        "Elu <alpha = 1.5>", "Selu", "Celu <alpha = 2.0>", "Softplus", "Softsign", "Gelu",
+        "Gelu <approximate = 'tanh'>", "Mish",
         "Abs", "Neg", "Ceil", "Floor", "Round", "Sign", "Reciprocal", "Exp", "Erf", "Sin", "Cos", "Identity")),
     (11, FLAT, "", "a = Abs (x) y = Sqrt (a)"),
     (11, FLAT, "", "a = Abs (x) y = Log (a)"),
@@ -74,7 +75,8 @@ CASES = [
     (13, FLAT, "float[12] w", "a = Abs (x) y = Pow (a, w)"),
     *((16, FLAT, "float[12] w", f"c = {op} (x, w) y = Where (c, x, w)") for op in (
         "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal")),
-    (13, FLAT, "float[12] w", "a = Greater (x, w) b = Not (a) c = Less (x, w) d = Or (a, b) e = And (d, c) y = Where (e, x, w)"),
+    (13, FLAT, "float[12] w", "a = Greater (x, w) b = Not (a) c = Less (x, w) d = Or (a, b) e = And (d, c) "
+                               "y = Where (e, x, w)"),
     # Reductions
     *((13, IMAGE, "", f"y = {op} <axes = [1, -1], keepdims = 0> (x)") for op in (
         "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceProd", "ReduceSumSquare",
@@ -100,12 +102,14 @@ CASES = [
     (18, IMAGE, "", "a, b, y = Split <axis = 3, num_outputs = 3> (x)"),
     (9, IMAGE, "", "y = Slice <starts = [1, -5], ends = [3, 100], axes = [1, 3]> (x)"),
     (13, IMAGE, "", "s = Constant <value_ints = [-1, 7]> () e = Constant <value_ints = [-99, 0]> () "
-                    "a = Constant <value_ints = [2, -1]> () p = Constant <value_ints = [-2, -1]> () y = Slice (x, s, e, a, p)"),
+                    "a = Constant <value_ints = [2, -1]> () p = Constant <value_ints = [-2, -1]> () "
+                    "y = Slice (x, s, e, a, p)"),
     (11, IMAGE, "", "i = Constant <value = int64[2, 2] {0, -1, 2, 1}> () y = Gather <axis = 1> (x, i)"),
     (11, FLAT, "", "i = Constant <value = int64[2, 3] {0, -1, 2, 1, 1, 5}> () y = GatherElements <axis = 1> (x, i)"),
     (11, FLAT, "float[2, 3] w", "y = Concat <axis = -1> (x, w, x)"),
     (13, IMAGE, "", "s = Shape (x) a = Constant <value_ints = [0]> () b = Constant <value_ints = [2]> () "
-                    "n = Slice (s, a, b) m = Constant <value_ints = [-1]> () t = Concat <axis = 0> (n, m) y = Reshape (x, t)"),
+                    "n = Slice (s, a, b) m = Constant <value_ints = [-1]> () t = Concat <axis = 0> (n, m) "
+                    "y = Reshape (x, t)"),
     (15, IMAGE, "", "s = Shape <start = 1, end = -1> (x) y = Cast <to = 1> (s)"),
     (13, FLAT, "", "s = Constant <value_ints = [3, 1, 12]> () y = Expand (x, s)"),
     (13, FLAT, "", "s = Constant <value_ints = [1, 3]> () y = Tile (x, s)"),
@@ -120,7 +124,8 @@ CASES = [
     (11, IMAGE, "", "y = DepthToSpace <blocksize = 2, mode = 'CRD'> (x)"),
     (11, (1, 2, 4, 6), "", "y = SpaceToDepth <blocksize = 2> (x)"),
     (10, IMAGE, "", "y = Pad <pads = [0, 0, 1, 2, 0, 0, 3, 0], value = 0.5> (x)"),
-    (13, IMAGE, "", "p = Constant <value_ints = [0, 1, -1, 2, 0, 0, 1, -2]> () v = Constant <value_float = 2.0> () y = Pad (x, p, v)"),
+    (13, IMAGE, "", "p = Constant <value_ints = [0, 1, -1, 2, 0, 0, 1, -2]> () v = Constant <value_float = 2.0> () "
+                    "y = Pad (x, p, v)"),
     *((13, IMAGE, "", f"p = Constant <value_ints = [0, 1, 1, 2, 0, 0, 3, 0]> () y = Pad <mode = '{mode}'> (x, p)")
       for mode in ("reflect", "edge")),
     (19, IMAGE, "", "p = Constant <value_ints = [1, 2, 0, 1]> () a = Constant <value_ints = [2, 3]> () "

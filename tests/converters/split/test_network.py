@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 import make_split  # noqa: E402
 
 NORMED = """c = Conv <pads = [1, 1, 1, 1]> (x, w) n = BatchNormalization (c, s, b, m, v)
-            t = Transpose <perm = [1, 0]> (k) g = GlobalAveragePool (n) f = Flatten (g) p = MatMul (f, t) h = Mul (p, share) q = Dropout (h)
-            y = Add (q, bias)"""
+            t = Transpose <perm = [1, 0]> (k) g = GlobalAveragePool (n) f = Flatten (g) p = MatMul (f, t)
+            h = Mul (p, share) q = Dropout (h) y = Add (q, bias)"""
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from shoal.runtime.measure import PeakAnonymous
 from . import architectures, auto, parity, parts
 from . import recipe as recipes
 from .bitstack.measure import Meter
-from .bitstack.sort import orders, without_useless_levels
+from .bitstack.sort import orders
 from .bitstack.stacks import Stacks
 from .bitstack.work import Work
 from .caches import cache_scales
@@ -220,8 +220,6 @@ def _sorted(
     measured = ("average", "greedy") if chosen in ("average", "greedy") else ()
     short = Meter(opened, card, stacks, [rows[0][:SHORT]])
     long = Meter(opened, card, stacks, list(rows[:: -(-len(rows) // LONG)]), stride=2)
-    if recipe.ladder.rivals:
-        without_useless_levels(stacks, long)
     found = orders(stacks, {chosen, "proxy", "random", *measured}, short, long, progress)
     first = stacks.floors
     others = {name: tuple(order) for name, order in found.items() if name != chosen}

@@ -101,11 +101,6 @@ def _falling(gain, matrix: int, counts: range, bytes_of: Counts) -> list[tuple[f
     return runs
 
 
-def above(a: tuple[int, float], b: tuple[int, float], c: tuple[int, float]) -> bool:
-    """Whether of three points (bytes, loss) of growing bytes the second lies on or above the line from `a` to `c`."""
-    return (a[1] - b[1]) * (c[0] - a[0]) <= (a[1] - c[1]) * (b[0] - a[0])
-
-
 def _repeat(counts: Counts) -> list[int]:
     return [matrix for matrix, count in enumerate(counts) for _ in range(count)]
 

@@ -6,7 +6,6 @@ error of every other step is known already. Steps go level by level, in a level 
 needs one short run a matrix where the paper's order needs a longer one for each of its steps.
 """
 
-import math
 from collections.abc import Collection
 
 from shoal.runtime.events import Event, Progress, silent
@@ -52,24 +51,6 @@ def orders(
         found["average"] = order.average(first, levels, measured)
         found["greedy"] = order.greedy(first, tops, sizes, measured)
     return found
-
-
-def without_useless_levels(stacks: Stacks, meter: Meter) -> None:
-    """Drops levels of rungs that have no more bits than the first blocks where they take less off the logarithm of the
-    perplexity for a byte than the next rung does. It is measured with every matrix at that level, since errors compare
-    blocks with integers badly: in Qwen2.5's feed-forward two bits in groups of 64 have 1 to 4 % less error than two
-    blocks, and the model of them 6 % less perplexity."""
-    ladder, sizes = stacks.ladder, [step_bytes(one) for one in stacks.matrices]
-    points = []
-    for level in range(ladder.floor, ladder.floor + ladder.rivals + 2):
-        counts = stacks.counts(level)
-        size = sum(sum(own[:count]) for own, count in zip(sizes, counts, strict=True))
-        points.append((level, size, math.log(max(meter.perplexity(counts), 1.0))))
-    kept: list[tuple[int, int, float]] = []
-    for point in points:
-        while len(kept) > 1 and order.above(kept[-2][1:], kept[-1][1:], point[1:]):
-            stacks.drop(kept.pop()[0])
-        kept.append(point)
 
 
 def sensitivities(stacks: Stacks, meter: Meter, progress: Progress = silent) -> list[float]:

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, show) -> int:
 
 
 def describe(bundle) -> dict:
-    """An open bundle as one JSON value. Raises BundleError for a card, a recipe, a stack's index, figures, modes, a codec
+    """An open bundle as one JSON value. Raises BundleError for a card, a recipe, a stack, figures, modes, codecs
     or a network's graph that are none."""
     from shoal.converters.report import parity_from_json
     from shoal.runtime import onnx_ports, onnx_wire

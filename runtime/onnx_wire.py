@@ -172,12 +172,15 @@ def rewrite(
 
 
 def part(model: Model, nodes: Iterable[Node], outputs: Iterable[str]) -> bytes:
-    """The model with only these of its nodes, which give `outputs` (without a type: ORT finds it by itself)."""
+    """The model with only these of its nodes, none of which has a body, and the initializers that they take. They give
+    `outputs`, which are without a type: ORT finds it by itself."""
     data, (key, start, stop) = model.data, model.graph
-    kept = {node.span for node in nodes}
+    nodes = list(nodes)
+    taken = {name for node in nodes for name in node.inputs}
+    kept = {node.span for node in nodes} | {tensor.span for tensor in model.tensors if tensor.name in taken}
     pieces = []
     for number, _, end, begin in Walk(data).fields("graph", start, stop, 1):
-        if number != 12 and (number != 1 or (begin, end) in kept):
+        if number != 12 and (number not in (1, 5) or (begin, end) in kept):
             pieces.append(data[begin:end])
     pieces += [_message(12, _message(1, name.encode())) for name in outputs]
     return data[:key] + _message(7, b"".join(pieces)) + data[stop:]

@@ -167,10 +167,10 @@ class Client:
         if said.mode.id == LOCAL or (full and self._own is not None):
             if probe:
                 self._spawn(self._try_link)
-            own, took = self._alone(feeds, rows)
+            outputs, took = self._alone(feeds, rows)
             total = time.monotonic() - began
             why = said.why if said.mode.id == LOCAL else f"{self._inflight} messages are on the way already."
-            return Result(own, "local", 0, 0, Seconds(local=took, total=total), why)
+            return Result(outputs, "local", 0, 0, Seconds(local=took, total=total), why)
         if full:
             raise BusyError("The link is busy.", f"{self._inflight} messages are on the way.", "Wait for them.")
         message, head, encode = self._message(said.mode, feeds, rows)
@@ -258,10 +258,13 @@ class Client:
 
     def _warm(self) -> None:
         """Runs everything once on zeros, and once more to measure it, where the lengths of an image are known."""
-        dims = {name: self._head.inputs[name].dims[1:] for name in self._inputs}
-        if not all(isinstance(dim, int) for shape in dims.values() for dim in shape):
-            return
-        feeds = {name: np.zeros((1, *shape), self._head.inputs[name].dtype) for name, shape in dims.items()}
+        feeds = {}
+        for name in self._inputs:
+            value = self._head.inputs[name]
+            lengths = [dim for dim in value.dims[1:] if isinstance(dim, int)]
+            if len(lengths) != len(value.dims) - 1:
+                return
+            feeds[name] = np.zeros((1, *lengths), value.dtype)
         for mode in self.modes:
             self._message(mode, feeds, 1)
         if self._own is not None:

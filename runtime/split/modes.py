@@ -127,7 +127,8 @@ def _mode(entry: object, where: str) -> Mode:
         most = 1 if key == "accuracy" else 1e9
         if key in said and (type(figure) not in (int, float) or not 0 <= figure <= most):
             raise _refuse(f"{where}.{key} is {figure!r:.80}, not a number from 0 to {most:g}")
-    return Mode(**numbers, codec=codec, **{key: float(figure) for key, figure in figures.items()})
+    device_ms, accuracy, tail_ms = (float(figure) for figure in figures.values())
+    return Mode(**numbers, codec=codec, device_ms=device_ms, accuracy=accuracy, tail_ms=tail_ms)
 
 
 def _entry(entry: object, where: str) -> dict:

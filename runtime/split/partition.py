@@ -178,7 +178,7 @@ def profile(
             times.append(times[-1] if times else 0.0)
             continue
         # With all that crosses as outputs nothing is fused over the cut, as it would not be if it were cut there
-        prefix = onnx_wire.part(model, [*free, *steps[: place + 1]], crossing)
+        prefix = onnx_wire.part(model, _with_free(steps[: place + 1], free), crossing)
         with open_graph(prefix, places, threads=threads) as session:
             taken = []
             for _ in range(runs + 1):
@@ -198,6 +198,16 @@ def profile(
         )
         for place, node in enumerate(steps)
     )  # fmt: skip
+
+
+def _with_free(steps: Sequence[onnx_wire.Node], free: Sequence[onnx_wire.Node]) -> list[onnx_wire.Node]:
+    """The steps, and before them what they take of nodes that depend on weights only."""
+    needed, found = {name for node in steps for name in node.inputs}, []
+    for node in reversed(free):
+        if needed.intersection(node.outputs):
+            needed.update(node.inputs)
+            found.append(node)
+    return [*reversed(found), *steps]
 
 
 def _size(pieces: Sequence[Piece], nbytes: int, place: int) -> int:

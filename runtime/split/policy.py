@@ -179,7 +179,7 @@ class Knowledge:
     def prior(cls, estimate: Estimate | None = None) -> "Knowledge":
         """Before anything was measured."""
         taken = estimate or Estimate()
-        return cls(*(Average(math.log(number)) for number in (taken.rate, taken.rtt, taken.tail)))
+        return cls(Average(math.log(taken.rate)), Average(math.log(taken.rtt)), Average(math.log(taken.tail)))
 
     def estimate(self, k: float = 0.0) -> Estimate:
         """The pessimistic side, k standard deviations from the mean."""

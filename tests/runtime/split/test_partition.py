@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.runtime.errors import UsageError
 from shoal.runtime.split.energy import Meter
-from shoal.runtime.split.partition import INPUT, Line, Piece, Powers, cut, elsewhere, judge, profile, scan
+from shoal.runtime.split.partition import INPUT, Line, Piece, Powers, cut, elsewhere, judge, profile, rising, scan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 from make_split import build, slimmable, split  # noqa: E402
@@ -129,6 +129,15 @@ def test_a_real_network_s_prefixes_say_what_needs_what_and_how_much_it_gives():
     nbytes = image["image"].nbytes
     slow, fast = cut(far, nbytes, Line(1.0)), cut(far, nbytes, Line(1e15))
     assert len(slow.here) == 11 and slow.sent == 0 and not fast.here and fast.sent == nbytes
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_measured_times_are_made_to_rise_and_no_more(times):
+    found = rising(times)
+    assert (np.diff(found) >= -1e-12).all() and found.sum() == pytest.approx(sum(times))
+    np.testing.assert_allclose(rising(sorted(times)), sorted(times))
+    for other in (np.maximum.accumulate(times), np.full(len(times), np.mean(times or [0.0])), sorted(times)):
+        assert ((found - times) ** 2).sum() <= ((np.array(other) - times) ** 2).sum() + 1e-9
 
 
 def test_values_of_weights_alone_are_on_both_sides_and_branches_are_refused():

@@ -111,10 +111,10 @@ def test_a_link_that_fails_is_replaced_at_once(network, act):
 @pytest.mark.parametrize("act", ["silence", "hang"])
 def test_silence_costs_no_deadline(network, act):
     link = Scripted(act)
-    with client(network, link, terms=Terms(guard=0.1)) as device:
-        result = device.run(network.images, deadline=0.6)
+    with client(network, link, terms=Terms(guard=0.8)) as device:
+        result = device.run(network.images, deadline=2.0)
         assert result.where == "local" and result.mode == 6 and "did not answer in time" in result.why
-        assert 0.4 < result.seconds.total < 0.6  # it waited for the edge as long as it could
+        assert 1.0 < result.seconds.total < 2.0  # it waited for the edge as long as it could
         np.testing.assert_array_equal(result.outputs["logits"], network.whole["logits"])
         link.stopped.set()
     assert not [thread for thread in threading.enumerate() if thread.name == "shoal-split"]

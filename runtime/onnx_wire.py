@@ -171,6 +171,21 @@ def rewrite(
     return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
 
 
+def part(model: Model, nodes: Iterable[Node], outputs: Iterable[str]) -> bytes:
+    """The model with only these of its nodes, none of which has a body, and the initializers that they take. They give
+    `outputs`, which are without a type: ORT finds it by itself."""
+    data, (key, start, stop) = model.data, model.graph
+    nodes = list(nodes)
+    taken = {name for node in nodes for name in node.inputs}
+    kept = {node.span for node in nodes} | {tensor.span for tensor in model.tensors if tensor.name in taken}
+    pieces = []
+    for number, _, end, begin in Walk(data).fields("graph", start, stop, 1):
+        if number != 12 and (number not in (1, 5) or (begin, end) in kept):
+            pieces.append(data[begin:end])
+    pieces += [_message(12, _message(1, name.encode())) for name in outputs]
+    return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
+
+
 def node_bytes(op: str, inputs: Iterable[str], outputs: Iterable[str], domain: str = "", name: str = "", **attributes):
     """A NodeProto; attributes are integers, floats or texts, and those that are None are left out."""
     out = b"".join(_message(1, text.encode()) for text in inputs) + b"".join(_message(2, t.encode()) for t in outputs)

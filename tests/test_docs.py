@@ -84,8 +84,10 @@ def test_the_page_on_experts_runs(run_page, tmp_path):
 
 
 def test_the_page_on_latents_runs(run_page):
-    said = re.search("^([0-9]+) of ([0-9]+) bytes, off by at most ([0-9.]+)$", run_page("docs/split.md"), re.M)
+    page = run_page("docs/split.md")
+    said = re.search("^([0-9]+) of ([0-9]+) bytes, off by at most ([0-9.]+)$", page, re.M)
     assert said and int(said[1]) < int(said[2]) / 8 and float(said[3]) < 0.5
+    assert re.search(r"^(edge 1 [0-9]+ \[[0-9]\] $|local )", page, re.M) and "'Conv:a'" in page
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -1,0 +1,114 @@
+"""Encoders and decoders in ONNX Runtime: what torch gave, every choice in one graph with one set of weights."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from shoal.converters.split import bottleneck, export
+from shoal.converters.split.slimmable import Ensemble, Slim, SlimNorm
+from shoal.runtime.errors import ConvertError, UsageError
+from shoal.runtime.session import open_graph
+
+IMAGE = (3, 64, 48)
+
+
+def settled(module: nn.Module) -> nn.Module:
+    """With statistics as if it had learnt."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d | SlimNorm):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    return module.eval().requires_grad_(False)
+
+
+def assert_same(graph: bytes, feeds: dict[str, np.ndarray], wanted: torch.Tensor) -> None:
+    with open_graph(graph, {}, threads=1) as session:
+        (found,) = session.run(feeds).values()
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=4e-6 * float(wanted.abs().max()))
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, *IMAGE)
+
+
+@pytest.fixture
+def stem() -> nn.Module:
+    torch.manual_seed(1)
+    return settled(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6()))
+
+
+@pytest.mark.parametrize("kind", bottleneck.ENCODERS)
+@pytest.mark.parametrize("stride", [1, 4, 16])
+def test_every_bottleneck_fits_any_cut_and_is_what_it_was(kind, stride, image):
+    encoder = settled(bottleneck.encoder(kind, 3, 5, stride))
+    latent = encoder(image)
+    shape = tuple(latent.shape[1:])
+    assert shape[0] == 5 and all(
+        abs(side - whole / stride) <= 4 for side, whole in zip(shape[1:], IMAGE[1:], strict=True)
+    )
+    assert_same(export.head(encoder, IMAGE, shape), {"image": image.numpy()}, latent)
+    for decoding in bottleneck.DECODERS:
+        decoder = settled(bottleneck.decoder(decoding, shape, (16, 8, 7)))
+        graph = export.network(decoder, {"latent": shape}, "feature", (16, 8, 7))
+        assert_same(graph, {"latent": latent.numpy()}, decoder(latent))
+
+
+def test_the_papers_sizes():
+    latent = bottleneck.encoder("ghnd", 64, 3, 1)(torch.zeros(1, 64, 56, 56)).shape
+    assert latent == (1, 3, 60, 60)  # each padded 2x2 convolution grows a map by one
+    assert bottleneck.encoder("bottlefit", 3, 12, 8)(torch.zeros(1, 3, 224, 224)).shape[1:] == (12, 28, 28)
+    entropic = bottleneck.encoder("entropic", 3, 24, 4)
+    assert entropic(torch.zeros(1, 3, 224, 224)).shape[1:] == (24, 55, 55)
+    assert 130_000 < sum(weight.numel() for weight in entropic.parameters()) < 145_000
+    light = bottleneck.encoder("separable", 3, 24, 4)
+    assert sum(weight.numel() for weight in light.parameters()) < 5_000
+    with pytest.raises(UsageError):
+        bottleneck.encoder("ghnd", 3, 4, 3)
+
+
+def test_members_add_up_as_in_torch(image, stem):
+    torch.manual_seed(2)
+    encoder = settled(Ensemble(bottleneck.encoder("thin", 8, 5, 4, 4) for _ in range(4)))
+    assert [encoder.scale(member) for member in (1, 2, 3, 4)] == [1, 1, 0.5, 0.25]
+    feature = stem(image)
+    graph = export.head(encoder, IMAGE, (5, 8, 6), stem=stem)
+    onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
+    parts = [member(feature) for member in encoder.members]
+    for choice in range(1, 5):
+        wanted = sum(encoder.scale(at + 1) * part for at, part in enumerate(parts[:choice]))
+        assert_same(graph, {"image": image.numpy(), "encoder": np.array(choice)}, wanted)
+    assert_same(graph, {"image": image.numpy(), "encoder": np.array(9)}, encoder(feature, 4))
+    assert_same(graph, {"image": image.numpy(), "encoder": np.array(-1)}, encoder(feature, 1))
+
+
+@pytest.mark.parametrize("kind", ["separable", "ghnd"])
+def test_widths_share_one_set_of_weights(kind, image, stem):
+    torch.manual_seed(3)
+    plain = bottleneck.encoder(kind, 8, 6, 4)
+    encoder = settled(Slim(plain, (0.25, 0.5, 1)))
+    feature = stem(image)
+    shape = tuple(encoder(feature).shape[1:])
+    graph = export.head(encoder, IMAGE, shape, stem=stem)
+    for choice, kept in ((1, 2), (2, 3), (3, 6)):
+        latent = encoder(feature, choice)
+        assert (latent[:, kept:] == 0).all() and latent[:, :kept].abs().sum() > 0
+        assert_same(graph, {"image": image.numpy(), "encoder": np.array(choice)}, latent)
+    weights = onnx.load_from_string(graph).graph.initializer
+    large = [weight for weight in weights if np.prod(weight.dims) > 100]
+    assert len(large) == len({weight.name.rsplit(".", 1)[0] for weight in large})
+
+
+def test_what_cannot_be_written_is_named():
+    with pytest.raises(ConvertError, match="LSTM"):
+        export.network(nn.Sequential(nn.LSTM(3, 3)), {"x": (3,)}, "y", (3,))
+    with pytest.raises(ConvertError, match="sin"):
+
+        class Odd(nn.Module):
+            def forward(self, x):
+                return torch.sin(x)
+
+        export.network(Odd(), {"x": (3,)}, "y", (3,))

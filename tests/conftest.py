@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "samples"))
+sys.path.insert(0, str(ROOT / "tests" / "data"))  # definitions of networks that tests train on
 # A shell's background job starts with Ctrl-C ignored, and so would every program that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -60,6 +61,18 @@ def tiny_gguf() -> Path:
 def reader_onnx() -> Path:
     """PP-OCRv4's recogniser in fp32 ONNX; all of its weights are Constant nodes."""
     return _model("reader")
+
+
+@pytest.fixture(scope="session")
+def efficientnet():
+    """EfficientNet-Lite0 as a torch module in eval: fp32 [n, 3, h, w] as (x - 127) / 128, to 1,000 logits."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'shoal[train]'")
+    path = _model("efficientnet")
+    from efficientnet_lite0 import EfficientNetLite0
+
+    module = EfficientNetLite0()
+    module.load_state_dict(torch.load(path, weights_only=True))
+    return module.eval()
 
 
 @pytest.fixture(scope="session")

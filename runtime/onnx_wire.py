@@ -171,6 +171,18 @@ def rewrite(
     return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
 
 
+def part(model: Model, nodes: Iterable[Node], outputs: Iterable[str]) -> bytes:
+    """The model with only these of its nodes, which give `outputs` (without a type: ORT finds it by itself)."""
+    data, (key, start, stop) = model.data, model.graph
+    kept = {node.span for node in nodes}
+    pieces = []
+    for number, _, end, begin in Walk(data).fields("graph", start, stop, 1):
+        if number != 12 and (number != 1 or (begin, end) in kept):
+            pieces.append(data[begin:end])
+    pieces += [_message(12, _message(1, name.encode())) for name in outputs]
+    return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
+
+
 def node_bytes(op: str, inputs: Iterable[str], outputs: Iterable[str], domain: str = "", name: str = "", **attributes):
     """A NodeProto; attributes are integers, floats or texts, and those that are None are left out."""
     out = b"".join(_message(1, text.encode()) for text in inputs) + b"".join(_message(2, t.encode()) for t in outputs)

@@ -23,9 +23,9 @@ MAX_NAME = 255
 MAX_GAPS = 64 << 20  # all gaps together: opening a file reads them, so a hostile one must not hold gigabytes
 
 KINDS = frozenset(
-    {"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity", "modes", "stack", "experts"}
+    {"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity", "modes", "codec", "stack", "experts"}
 )
-RESERVED = frozenset({"codec", "adapter", "context_binary", "signature"})
+RESERVED = frozenset({"adapter", "context_binary", "signature"})
 
 _WORD = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
 

@@ -12,7 +12,9 @@ HELP = "show what is in a bundle"
 _CARD = ("name", "source", "model_type", "task", "blocks", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab",
          "max_context")  # fmt: skip
 _NETWORK = ("name", "encoder", "tables")
-_MODE = ("id", "bits", "bytes", "device_ms", "accuracy")
+_MODE = ("id", "encoder", "codec", "bits", "bytes", "device_ms", "accuracy", "tail_ms")
+_MEASURED = ("id", "bits", "bytes", "device_ms", "accuracy")  # shown where a bundle does not say them too
+_CODEC = ("name", "bits", "channels", "tables")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,15 +66,19 @@ def run(arguments: argparse.Namespace, show) -> int:
         show.table(ports, heading=("graph", "", "name", "type", "shape"))
     if modes := network.get("modes"):
         show.line()
-        show.table([[mode.get(key, "") for key in _MODE] for mode in modes], heading=("mode", *_MODE[1:]))
+        keys = [key for key in _MODE if key in _MEASURED or any(key in mode for mode in modes)]
+        show.table([[mode.get(key, "") for key in keys] for mode in modes], heading=("mode", *keys[1:]))
+    if found["codecs"]:
+        show.line()
+        show.table([list(codec.values()) for codec in found["codecs"]], heading=("codec", *_CODEC[1:]))
     if arguments.verify:
         show.line(f"\nverified: {len(found['sections'])} sections, every digest is right")
     return 0
 
 
 def describe(bundle) -> dict:
-    """An open bundle as one JSON value. Raises BundleError for a card, a recipe, a stack's index, figures, modes or a
-    network's graph that are none."""
+    """An open bundle as one JSON value. Raises BundleError for a card, a recipe, a stack, figures, modes, codecs
+    or a network's graph that are none."""
     from shoal.converters.report import parity_from_json
     from shoal.runtime import onnx_ports, onnx_wire
     from shoal.runtime.card import Card
@@ -111,7 +117,8 @@ def describe(bundle) -> dict:
         "format": ".".join(map(str, bundle.version)),
         "digest": bundle.digest,
         "card": card,
-        "modes": checked("modes", check_modes, "Pack the network again."),
+        "modes": content("modes", modes),
+        "codecs": codecs(bundle),
         "recipe": checked("recipe", recipe_rows, "Convert the checkpoint again."),
         "stack": stack(bundle) if bundle.find("stack", "index") else None,
         "parity": content("parity", figures),
@@ -166,13 +173,27 @@ def stack_rows(stack: dict) -> list[tuple[str, str]]:
     ]
 
 
-def check_modes(about: dict) -> None:
-    """Raises TypeError, KeyError or AttributeError for what is no section of modes."""
-    numbers = [value for mode in about["modes"] for value in mode.values()]
-    if not all(isinstance(about[field], str) for field in _NETWORK):
-        raise TypeError("not a text")
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise TypeError("not a number")
+def modes(data: bytes) -> dict:
+    """A section of modes as it stands, once a device could read it. Raises BundleError."""
+    from shoal.runtime.split.modes import parse
+
+    parse(data)
+    return json.loads(data)
+
+
+def codecs(bundle) -> list[dict]:
+    """What latents each codec is for. Raises BundleError for one that is damaged."""
+    from shoal.runtime.split.modes import MAX_CODEC
+    from shoal.runtime.split.tables import Tables
+
+    found = []
+    for section in bundle.sections:
+        if section.kind == "codec":
+            made = Tables.from_bytes(bundle.bytes(section, most=MAX_CODEC))
+            found.append(
+                dict(zip(_CODEC, (section.name, made.bits, made.channels, len(made.frequencies)), strict=True))
+            )
+    return found
 
 
 def port_rows(graphs: list[dict]) -> list[tuple[str, ...]]:

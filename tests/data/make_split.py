@@ -53,3 +53,40 @@ def build(name: str, inputs: str, outputs: str, body: str, weights=None, used=()
     model = parser.parse_model(text)
     model.graph.initializer.extend(numpy_helper.from_array(weights[key], key) for key in used)
     return model.SerializeToString()
+
+
+_MEMBER = """
+   a{i} = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (image, v{i}, b0)
+   r{i} = Relu (a{i})
+   c{i} = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (r{i}, u{i}, b1)
+   y{i} = {sum}
+"""
+_LATENT = "float[n, 16, 8, 8]"
+MEMBERS = 3
+
+
+def slimmable(seed: int = 0) -> Split:
+    """`split` with a head of three members: its input `encoder` int64 [] says how many of them are added up. Only those
+    are computed: each further one is in a branch, whose weights are the whole graph's."""
+    plain, rng = split(seed), np.random.default_rng(seed + 1)
+    shapes = {f"v{i}": (8, 3, 3, 3) for i in range(1, MEMBERS + 1)} | {"b0": (8,)}
+    shapes |= {f"u{i}": (16, 8, 3, 3) for i in range(1, MEMBERS + 1)} | {"b1": (16,)}
+    weights = {name: rng.standard_normal(shape, np.float32) * 0.3 for name, shape in shapes.items()}
+
+    def members(i: int) -> str:
+        """From member i on, giving `s{i}`."""
+        body = _MEMBER.format(i=i, sum=f"Add (c{i}, y{i - 1})" if i > 1 else f"Identity (c{i})")
+        if i == MEMBERS:
+            return body + f"s{i} = Relu (y{i})"
+        return (
+            body
+            + f"""
+           n{i} = Constant <value_int = {i}> ()
+           more{i} = Greater (encoder, n{i})
+           s{i} = If (more{i}) <then_branch = more_{i} () => ({_LATENT} s{i + 1}) {{ {members(i + 1)} }},
+                                else_branch = done_{i} () => ({_LATENT} d{i}) {{ d{i} = Relu (y{i}) }}>"""
+        )
+
+    inputs, body = "float[n, 3, 32, 32] image, int64 encoder", members(1) + "\n latent = Identity (s1)"
+    head = build("slimmable", inputs, f"{_LATENT} latent", body, weights, tuple(weights))
+    return Split(head, plain.tail, plain.whole)

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shoal import cli
@@ -12,9 +13,11 @@ from shoal.converters.split.tail import pack
 from shoal.runtime.bitstack.layout import Index, Stacked, StackFormat
 from shoal.runtime.bundle import Graph, create
 from shoal.runtime.kernels.layout import LinearFormat
+from shoal.runtime.split.quantise import Quantiser
+from shoal.runtime.split.tables import Tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-from make_split import split  # noqa: E402
+from make_split import slimmable, split  # noqa: E402
 
 JUNK = [b"", b"{", b"\xff", b"null", b"[]", b"3", b'"linear"', b"[" * 100_000, b"1" * 5000]
 WRONG = {
@@ -75,6 +78,24 @@ def test_a_network_cut_in_two_shows_what_it_takes_and_gives(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["modes"] == {"name": "c\033ats", "encoder": "", "tables": "ab" * 32, "modes": [mode]}
     assert found["graphs"][1]["inputs"] == [{"name": "latent", "dtype": "float32", "shape": ["n", 16, 8, 8]}]
+
+
+def test_codecs_are_shown_with_the_modes_that_name_them(tmp_path, capsys):
+    samples = np.random.default_rng(0).standard_normal((8, 16, 8, 8), np.float32)
+    tables = Tables.fit(Quantiser.fit(samples, 4), samples)
+    mode = {"id": 1, "encoder": 2, "codec": "e2b4", "bits": 4, "bytes": 500}
+    pack({"head": slimmable().head}, tmp_path / "a", modes=[mode], codecs={"e2b4": tables.to_bytes()})
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    assert "mode  encoder  codec  bits  bytes" in said and "codec  bits  channels  tables" in said, said
+    assert cli.main(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["codecs"]
+    assert found == [{"name": "e2b4", "bits": 4, "channels": 16, "tables": 16}]
+    with create(tmp_path / "b") as writer:
+        writer.add("codec", "e2b4", tables.to_bytes()[:-1])
+        writer.commit()
+    assert cli.main(["inspect", str(tmp_path / "b")]) == 5
+    assert "codec" in capsys.readouterr().err
 
 
 def test_a_graph_that_is_none_is_the_bundle_s_fault(tmp_path, capsys):

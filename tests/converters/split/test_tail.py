@@ -13,9 +13,11 @@ from shoal.converters.split.tail import INLINE, pack, pack_tail, trial
 from shoal.runtime.bundle import Bundle
 from shoal.runtime.errors import ConvertError, UsageError
 from shoal.runtime.session import Place, open_graph
+from shoal.runtime.split.quantise import Quantiser
+from shoal.runtime.split.tables import Tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
-from make_split import build, split  # noqa: E402
+from make_split import build, slimmable, split  # noqa: E402
 
 
 def opened(bundle, role="tail"):
@@ -139,6 +141,52 @@ def test_graphs_that_make_no_device_are_refused(tmp_path):
         pack({"head": other, "tail": made.tail}, tmp_path / "d.shoal")
     with pytest.raises(ConvertError, match="The head cannot be packed"):
         pack({"tail": made.tail, "head": b"\xff"}, tmp_path / "d.shoal")
+    assert not any(tmp_path.iterdir())
+
+
+def tables(bits=4, channels=16) -> bytes:
+    samples = np.random.default_rng(0).standard_normal((8, channels, 8, 8), np.float32)
+    return Tables.fit(Quantiser.fit(samples, bits), samples).to_bytes()
+
+
+def test_codecs_are_sections_and_a_head_s_encoders_are_tried(tmp_path):
+    made, carried = slimmable(), {"b4": tables(4), "b2": tables(2)}
+    modes = [{"id": 1, "encoder": 1, "codec": "b2", "bits": 2}, {"id": 2, "encoder": 3, "codec": "b4", "bits": 4}]
+    pack({"head": made.head, "tail": made.tail}, tmp_path / "d.shoal", modes=modes, codecs=carried)
+    pack_tail(made.tail, tmp_path / "t.shoal", modes=modes, codecs=dict(sorted(carried.items())))
+    feeds = {"image": np.ones((2, 3, 32, 32), np.float32), "encoder": np.array(2)}
+    assert_same(tmp_path / "d.shoal", "head", made.head, feeds)
+    with Bundle.open(tmp_path / "d.shoal") as device, Bundle.open(tmp_path / "t.shoal") as edge:
+        for bundle in (device, edge):
+            bundle.verify()
+            found = {each.name: bundle.bytes(each) for each in bundle.sections if each.kind == "codec"}
+            assert found == carried
+        assert device.bytes(device.section("modes")) == edge.bytes(edge.section("modes")).replace(b"tail", b"head")
+        assert device.section("weights", "weights").length > 3 * 8 * 16 * 9 * 4  # each member's are outside the graph
+
+
+def test_modes_that_graphs_and_codecs_do_not_bear_out_are_refused(tmp_path):
+    made, carried, mode = slimmable(), {"b4": tables(4)}, {"id": 1, "encoder": 1, "codec": "b4", "bits": 4}
+    for changed, error, problem in (
+        ({"id": 0}, UsageError, r"modes\[0\].id is 0"), ({"codec": "b5"}, UsageError, "names the codec 'b5'"),
+        ({"bits": 5}, UsageError, "5 bits"), ({"encoder": 0}, ConvertError, "a mode names none"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=problem):
+            pack({"head": made.head}, tmp_path / "d.shoal", modes=[mode | changed], codecs=carried)
+    with pytest.raises(ConvertError, match="one latent of 7 channels"):
+        pack_tail(made.tail, tmp_path / "d.shoal", codecs={"b4": tables(4, 7)})
+    with pytest.raises(UsageError, match="'b4' cannot be packed"):
+        pack_tail(made.tail, tmp_path / "d.shoal", codecs={"b4": b"shcodec"})
+    with pytest.raises(ConvertError, match="no input 'encoder'"):
+        pack({"head": split().head}, tmp_path / "d.shoal", modes=[mode], codecs=carried)
+    shapes = "n0 = Constant <value_int = 1> () first = Equal (encoder, n0)" \
+             " latent = If (first) <then_branch = a () => (float[n, 16, 8, 8] t) { t = Relu (image) }," \
+             " else_branch = b () => (float[n, 16, 8, 4] e) { h = Constant <value_int = 2> ()" \
+             " axes = Constant <value_ints = [3]> () k = Constant <value_ints = [4]> ()" \
+             " e, rest = Split <axis = 3, num_outputs = 2> (image) }>"  # fmt: skip
+    uneven = build("head", "float[n, 16, 8, 8] image, int64 encoder", "float[n, 16, 8, w] latent", shapes)
+    with pytest.raises(ConvertError, match="encoder 2 gives"):
+        pack({"head": uneven}, tmp_path / "d.shoal", modes=[mode, mode | {"id": 2, "encoder": 2}], codecs=carried)
     assert not any(tmp_path.iterdir())
 
 

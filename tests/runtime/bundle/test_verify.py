@@ -64,10 +64,10 @@ def test_a_newer_major_version_says_what_it_needs(forge, tmp_path, major, minor,
 
 def test_a_newer_minor_version_opens_unless_it_requires_something(forge, tmp_path):
     path = tmp_path / "new.shoal"
-    path.write_bytes(forge([forge.section("codec")], minor=9).file())
+    path.write_bytes(forge([forge.section("adapter")], minor=9).file())
     assert Bundle.open(path).version == (1, 9)  # unknown, optional: ignored
     for extra in ({"flags": 4}, {"required": True}):
-        entry = forge.section("codec", required=extra.pop("required", False))
+        entry = forge.section("adapter", required=extra.pop("required", False))
         path.write_bytes(forge([entry], minor=9, **extra).file())
         with pytest.raises(BundleError, match=r"needs >= 1\.9"):
             Bundle.open(path)

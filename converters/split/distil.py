@@ -25,6 +25,7 @@ from shoal.runtime.errors import StorageError, UsageError
 from shoal.runtime.events import Event, Progress, silent
 
 from .entropic import FactorisedPrior
+from .network import Network
 from .slimmable import sandwich
 
 Batch = Mapping[str, torch.Tensor]
@@ -108,18 +109,13 @@ class Student(nn.Module):
 
     def features(self, latent: torch.Tensor) -> dict[str, torch.Tensor]:
         """CUT and the taps; of the tail no more is computed than they need."""
-        cut, needed = self.decoder(latent), set(self.taps)
-        with tapped(self.tail, self.taps, enough=len(needed)) as features:
-            if needed:
-                with contextlib.suppress(_Enough):
-                    self.tail(cut)
-        return {CUT: cut, **features}
+        cut = self.decoder(latent)
+        return {CUT: cut, **inner(self.tail, self.taps, cut)}
 
     def decode(self, latent: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The features (CUT and the taps) and the outputs."""
         cut = self.decoder(latent)
-        with tapped(self.tail, self.taps) as features:
-            outputs = self.tail(cut)
+        features, outputs = answered(self.tail, self.taps, cut)
         return {CUT: cut, **features}, outputs
 
     def forward(self, x, bits: int = 0, choice: int = 0):
@@ -133,6 +129,27 @@ class Student(nn.Module):
             part.train(part in learns and part is not self.tail)
             part.requires_grad_(part in learns)
         return [parameter for part in learns for parameter in part.parameters()]
+
+
+def answered(tail: nn.Module, taps: Sequence[str], cut: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A tail's features and outputs. A `Network` knows its values by name, of other modules the paths are hooked."""
+    if isinstance(tail, Network):
+        found = tail.features([*taps, tail.graph.outputs[0]], cut)
+        return {name: found[name] for name in taps}, found[tail.graph.outputs[0]]
+    with tapped(tail, taps) as features:
+        outputs = tail(cut)
+    return features, outputs
+
+
+def inner(tail: nn.Module, taps: Sequence[str], cut: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The features alone: of the tail no more is computed than they need."""
+    if not taps:
+        return {}
+    if isinstance(tail, Network):
+        return tail.features(list(taps), cut)
+    with tapped(tail, taps, enough=len(set(taps))) as features, contextlib.suppress(_Enough):
+        tail(cut)
+    return features
 
 
 class _Enough(Exception):
@@ -153,9 +170,7 @@ def tapped(module: nn.Module, names: Sequence[str], enough: int = 0) -> Iterator
         if len(features) == enough:
             raise _Enough
 
-    handles = [
-        known[name].register_forward_hook(lambda _, __, output, name=name: keep(output, name)) for name in names
-    ]
+    handles = [known[name].register_forward_hook(lambda _, __, output, name=name: keep(output, name)) for name in names]
     try:
         yield features
     finally:
@@ -167,8 +182,7 @@ def tapped(module: nn.Module, names: Sequence[str], enough: int = 0) -> Iterator
 def teach(head: nn.Module, tail: nn.Module, taps: Sequence[str], x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The teacher's features, by CUT and taps, and its outputs under "outputs"."""
     cut = head(x)
-    with tapped(tail, taps) as features:
-        outputs = tail(cut)
+    features, outputs = answered(tail, taps, cut)
     return {CUT: cut, **features, "outputs": outputs}
 
 

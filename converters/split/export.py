@@ -3,8 +3,8 @@
 One graph holds every choice and one set of weights: a choice is a branch of nested `If`s that reads initializers of the
 whole graph. Members of an ensemble are added branch by branch; a width reads the first channels of the shared weights
 through `Slice`s with constant bounds, and has its own statistics. What stands before the encoder (the first layers of
-the teacher) comes as an ONNX model or as a module. Modules are traced by torch.fx and written operator by operator:
-plain convolutional networks, which encoders and decoders here are; for others there is the exporter of sources.
+the teacher) and what follows a decoder comes as a `Network`, whose nodes are written as they are; encoders and decoders
+are traced by torch.fx and written operator by operator. All of it is of the opset of the networks in it.
 """
 
 import contextlib
@@ -20,15 +20,20 @@ from torch.nn import functional as F
 from shoal.runtime.errors import ConvertError
 
 from .bottleneck import Crop, Gdn1
+from .graph import Graph
+from .network import Network
 from .slimmable import Ensemble, Slim, SlimConv2d, SlimNorm, first
+from .write import attribute, fold, version
 
-OPSET = 21
+OPSET = 17
+_TYPES = {"Shape": ir.DataType.INT64, "Less": ir.DataType.BOOL}  # of what operators give; others fp32
 
 
 class Writer:
     """A graph in the making: `op` adds a node to the innermost branch, `weight` an initializer to the whole graph."""
 
-    def __init__(self):
+    def __init__(self, opset: int = OPSET):
+        self.opset = opset
         self.weights: dict[str, ir.Value] = {}
         self._bodies: list[list[ir.Node]] = [[]]
         self._count = 0
@@ -38,13 +43,28 @@ class Writer:
         return ir.Value(name=name or f"v{self._count}", type=ir.TensorType(ir.DataType.FLOAT))
 
     def op(self, kind: str, *inputs: ir.Value | None, name: str = "", **attributes) -> ir.Value:
-        made = ir.convenience.convert_attributes(attributes)
+        made = [attribute(key, value) for key, value in attributes.items()]
         found = self.value(name)
-        if kind == "GreaterOrEqual":
-            found.type = ir.TensorType(ir.DataType.BOOL)
+        found.type = ir.TensorType(_TYPES.get(kind, ir.DataType.FLOAT))
         node = ir.Node("", kind, inputs, made, outputs=[found], name=f"{kind}.{self._count}")
         self._bodies[-1].append(node)
-        return node.outputs[0]
+        return found
+
+    def graph(self, graph: Graph, x: ir.Value, name: str) -> ir.Value:
+        """Adds the nodes of a network of one input and one output; its weights begin with `name`."""
+        if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+            raise _refuse(f"{name} has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, not one of each")
+        found = {graph.inputs[0].name: x}
+        for node in graph.nodes:
+            for one in node.inputs:
+                if one and one not in found:
+                    found[one] = self.weight(f"{name}.{one}", graph.tensors[one])
+            made = [ir.Value(name=f"{name}.{one}" if one else "") for one in node.outputs]
+            taken = [found[one] if one else None for one in node.inputs]
+            held = [attribute(key, value) for key, value in node.attributes.items()]
+            self._bodies[-1].append(ir.Node("", node.op, taken, held, outputs=made, name=f"{name}.{node.name}"))
+            found.update(zip(node.outputs, made, strict=True))
+        return found[graph.outputs[0]]
 
     def weight(self, name: str, array: np.ndarray) -> ir.Value:
         """The initializer `name`, made at its first use."""
@@ -73,7 +93,16 @@ class Writer:
             with self.branch() as body:
                 result = self.op("Identity", make())
             graphs.append(ir.Graph([], [result], nodes=body, name=f"{label}.{self._count}"))
-        return self.op("If", condition, then_branch=graphs[0], else_branch=graphs[1])
+        branches = [
+            ir.AttrGraph(f"{label}_branch", graph) for label, graph in zip(("then", "else"), graphs, strict=True)
+        ]
+        node = ir.Node("", "If", [condition], branches, outputs=[self.value()], name=f"If.{self._count}")
+        self._bodies[-1].append(node)
+        return node.outputs[0]
+
+    def less(self, value: ir.Value, bound: int) -> ir.Value:
+        """Whether an int64 is."""
+        return self.op("Less", value, self.weight(f"least.{bound}", np.array(bound, np.int64)))
 
     @property
     def nodes(self) -> list[ir.Node]:
@@ -83,8 +112,8 @@ class Writer:
 def model(writer: Writer, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str) -> bytes:
     """The serialised ModelProto."""
     graph = ir.Graph(inputs, outputs, nodes=writer.nodes, initializers=list(writer.weights.values()),
-                     opset_imports={"": OPSET}, name=name)  # fmt: skip
-    made = ir.Model(graph, ir_version=10, producer_name="shoal")
+                     opset_imports={"": writer.opset}, name=name)  # fmt: skip
+    made = ir.Model(graph, ir_version=version(writer.opset))
     return ir.serde.serialize_model(made).SerializeToString(deterministic=True)
 
 
@@ -99,7 +128,7 @@ def head(
     """ModelProto of a head: `name` fp32 [n, *image], and `encoder` int64 [] where there are choices, from 1 (beyond the
     last, the last; below 1, the first), to `latent` fp32 [n, *latent]. Raises ConvertError for a module that cannot be
     written."""
-    writer, inputs = Writer(), [_port(name, image)]
+    writer, inputs = Writer(_opset(stem)), [_port(name, image)]
     x = emit(writer, stem, inputs[0], "stem") if stem is not None else inputs[0]
     choices = getattr(encoder, "choices", 1)
     if choices == 1 and isinstance(encoder, Ensemble):
@@ -115,12 +144,25 @@ def head(
     return model(writer, inputs, [_shaped(y, latent)], "head")
 
 
-def network(module: nn.Module, inputs: dict[str, Sequence[int]], output: str, shape: Sequence[int]) -> bytes:
-    """ModelProto of a module of one input, by name fp32 [n, ...], and one output fp32 [n, *shape]."""
-    (name, dims), writer = next(iter(inputs.items())), Writer()
-    port = _port(name, dims)
-    y = writer.op("Identity", emit(writer, module, port, ""), name=output)
+def network(
+    parts: nn.Module | Sequence[nn.Module], inputs: dict[str, Sequence[int]], output: str, shape: Sequence[int]
+) -> bytes:
+    """ModelProto of a module of one input, by name fp32 [n, ...], or of several one after the other, and one output
+    fp32 [n, *shape]."""
+    parts = [parts] if isinstance(parts, nn.Module) else list(parts)
+    (name, dims), writer = next(iter(inputs.items())), Writer(_opset(*parts))
+    x = port = _port(name, dims)
+    for at, part in enumerate(parts):
+        x = emit(writer, part, x, f"part{at}")
+    y = writer.op("Identity", x, name=output)
     return model(writer, [port], [_shaped(y, shape)], output)
+
+
+def _opset(*parts: nn.Module | None) -> int:
+    found = {part.graph.opset for part in parts if isinstance(part, Network)}
+    if len(found) > 1:
+        raise _refuse(f"Its parts are of opsets {sorted(found)}")
+    return found.pop() if found else OPSET
 
 
 def _port(name: str, dims: Sequence[int]) -> ir.Value:
@@ -142,8 +184,7 @@ def _ensemble(writer: Writer, encoder: Ensemble, x: ir.Value, choice: ir.Value) 
             y = writer.op("Add", so_far, writer.op("Mul", scale, found))
             return more(y, member + 1) if member < encoder.choices else y
 
-        least = writer.weight(f"least.{member}", np.array(member, np.int64))
-        return writer.choose(writer.op("GreaterOrEqual", choice, least), then, lambda: so_far)
+        return writer.choose(writer.less(choice, member), lambda: so_far, then)
 
     return more(emit(writer, encoder.members[0], x, "member.1"), 2)
 
@@ -154,9 +195,9 @@ def _slim(writer: Writer, encoder: Slim, x: ir.Value, choice: ir.Value) -> ir.Va
     def at(width: int) -> ir.Value:
         if width == 1:
             return _width(writer, encoder, x, 0)
-        least = writer.weight(f"least.{width}", np.array(width, np.int64))
-        condition = writer.op("GreaterOrEqual", choice, least)
-        return writer.choose(condition, lambda: _width(writer, encoder, x, width - 1), lambda: at(width - 1))
+        return writer.choose(
+            writer.less(choice, width), lambda: at(width - 1), lambda: _width(writer, encoder, x, width - 1)
+        )
 
     return at(encoder.choices)
 
@@ -209,6 +250,8 @@ class _Tracer(fx.Tracer):
 def emit(writer: Writer, module: nn.Module, x: ir.Value, name: str) -> ir.Value:
     """Writes `module`, in eval, of the value `x`; its weights begin with `name`. Norms that follow a convolution are
     folded into it. Raises ConvertError that names what cannot be written."""
+    if isinstance(module, Network):
+        return writer.graph(fold(module.trained()), x, name)
     try:
         traced = _Tracer().trace(module)
     except Exception as error:  # of whatever the module's code does with a proxy
@@ -269,8 +312,8 @@ def _module(writer: Writer, layer: nn.Module, x: ir.Value, name: str) -> ir.Valu
             named = [weight(key, value) for key, value in zip(("weight", "bias", "mean", "var"), values, strict=True)]
             return writer.op("BatchNormalization", x, *named, epsilon=layer.eps)
         case nn.GroupNorm():
-            values = weight("weight", layer.weight), weight("bias", layer.bias)
-            return writer.op("GroupNormalization", x, *values, num_groups=layer.num_groups, epsilon=layer.eps)
+            values = layer.weight, layer.bias
+            return _group_norm(writer, layer, x, values, name)
         case nn.Linear():
             values = weight("weight", layer.weight), *[weight("bias", layer.bias)] * (layer.bias is not None)
             return writer.op("Gemm", x, *values, transB=1)
@@ -310,6 +353,18 @@ def _module(writer: Writer, layer: nn.Module, x: ir.Value, name: str) -> ir.Valu
             )
             return writer.op("Mul" if layer.inverse else "Div", x, norm)
     raise _refuse(f"{name} is a {layer}")
+
+
+def _group_norm(writer, layer, x, values, name) -> ir.Value:
+    """As an instance norm of groups: before opset 21 the operator scales groups, not channels."""
+    rows = writer.weight(f"rows.{layer.num_groups}", np.array([0, layer.num_groups, -1], np.int64))
+    ones, none = np.ones(layer.num_groups, np.float32), np.zeros(layer.num_groups, np.float32)
+    found = writer.op("InstanceNormalization", writer.op("Reshape", x, rows), writer.weight(f"{name}.ones", ones),
+                      writer.weight(f"{name}.none", none), epsilon=layer.eps)  # fmt: skip
+    found = writer.op("Reshape", found, writer.op("Shape", x))
+    scale, shift = (writer.weight(f"{name}.{key}", _array(value)[:, None, None])
+                    for key, value in zip(("weight", "bias"), values, strict=True))  # fmt: skip
+    return writer.op("Add", writer.op("Mul", found, scale), shift)
 
 
 def _function(writer: Writer, node: fx.Node, args: list) -> ir.Value:

@@ -5,6 +5,7 @@ message, everything that goes over the link counted; accuracy is of what the tai
 trains nothing.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Mode:
     def row(self) -> dict:
         """As it is in a bundle's section of modes."""
         return {"id": self.id, "encoder": self.encoder, "codec": self.codec, "bits": self.bits,
-                "bytes": round(self.bytes, 1), "device_ms": round(self.device_ms, 3),
+                "bytes": math.ceil(self.bytes), "device_ms": round(self.device_ms, 3),
                 "accuracy": round(self.accuracy, 5)}  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python tests/converters/split/measure_cifar.py DATA.npz WEIGHTS.pth FOLDER [STAGE ...]
 
-Stages, in their order by default: uncut, b12, e1, e2, e3, ens, b6, b3, local, codecs, head. Each leaves its
+Stages, in their order by default: uncut, taught, b12, e1, e2, e3, ens, b6, b3, local, codecs, head. Each leaves its
 checkpoints and its figures in FOLDER, is skipped once it is done and goes on where it was killed. The first layers (up
 to block 4, stride 8) are frozen throughout, so what they give is computed once, for each picture and its mirror image.
 """
@@ -295,11 +295,12 @@ def scaled(batch):
 def main(data, weights, folder, *stages):
     torch.set_num_threads(1)  # two stages side by side are faster than one on two threads
     measure = Measure(data, weights, folder)
-    run = {"uncut": measure.uncut, "local": measure.local, "codecs": measure.codecs, "ens": measure.ens,
+    run = {"uncut": measure.uncut, "taught": measure.taught, "local": measure.local, "codecs": measure.codecs, "ens": measure.ens,
            "head": measure.head_times}  # fmt: skip
     run.update({f"b{count}": (lambda count=count: measure.b(count)) for count in (3, 6, 12)})
     run.update({f"e{number}": (lambda number=number: measure.e(number)) for number in BETAS})
-    for stage in stages or ("uncut", "b12", "e1", "e2", "e3", "ens", "b6", "b3", "local", "codecs", "head"):
+    usual = ("uncut", "taught", "b12", "e1", "e2", "e3", "ens", "b6", "b3", "local", "codecs", "head")
+    for stage in stages or usual:
         if stage not in measure.results():
             run[stage]()
 

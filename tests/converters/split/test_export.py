@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from shoal.converters.sources import torch_module
 from shoal.converters.split import bottleneck, export
 from shoal.converters.split.slimmable import Ensemble, Slim, SlimNorm
 from shoal.runtime.errors import ConvertError, UsageError
@@ -112,3 +113,23 @@ def test_what_cannot_be_written_is_named():
                 return torch.sin(x)
 
         export.network(Odd(), {"x": (3,)}, "y", (3,))
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_networks_of_the_teacher_stand_before_and_after(choices, image, stem):
+    """A stem that was traced, or that came as ONNX, and a tail behind a decoder."""
+    torch.manual_seed(4)
+    members = [bottleneck.encoder("separable", 8, 5, 2, 8) for _ in range(choices)]
+    encoder = settled(Ensemble(members) if choices > 1 else members[0])
+    decoder = settled(bottleneck.decoder("light", (5, 16, 12), (8, 16, 12)))
+    tail = settled(nn.Sequential(nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(1), nn.Linear(6 * 14 * 10, 4)))
+    stem_network, tail_network = (
+        torch_module.network(stem, image),
+        torch_module.network(tail, decoder(encoder(stem(image)))),
+    )
+    graph = export.head(encoder, IMAGE, (5, 16, 12), stem=stem_network)
+    feeds = {"image": image.numpy(), **({"encoder": np.array(3)} if choices > 1 else {})}
+    latent = encoder(stem(image))
+    assert_same(graph, feeds, latent)
+    graph = export.network([decoder, tail_network], {"latent": (5, 16, 12)}, "logits", (4,))
+    assert_same(graph, {"latent": latent.numpy()}, tail(decoder(latent)))

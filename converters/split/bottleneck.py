@@ -135,8 +135,8 @@ def _inverted(channels, out, stride):
 def decoder(
     kind: str, latent: Sequence[int], feature: Sequence[int], *, width: int = 0, nonnegative: bool = False
 ) -> nn.Sequential:
-    """fp32 [n, *latent] to fp32 [n, *feature], both (channels, height, width): larger latents are cropped, smaller ones
-    made larger first. `nonnegative` ends it with a ReLU, for a cut behind one. Raises UsageError.
+    """fp32 [n, *latent] to fp32 [n, *feature], both (channels, height, width): a latent of other sides is pooled or
+    repeated first, and cropped last. `nonnegative` ends it with a ReLU, for a cut behind one. Raises UsageError.
 
     light has no statistics over the batch: it serves modes whose latents are distributed differently, row by row.
     """
@@ -149,6 +149,10 @@ def decoder(
         factor = max(math.ceil(target[axis] / size[axis]) for axis in (0, 1))
         layers.append(nn.Upsample(scale_factor=factor))
         size = [side * factor for side in size]
+    elif all(size[axis] >= 2 * target[axis] for axis in (0, 1)):
+        factor = min(size[axis] // target[axis] for axis in (0, 1))
+        layers.append(nn.AvgPool2d(factor))
+        size = [side // factor for side in size]
 
     def conv(
         inner: int, out: int, bias: bool = False

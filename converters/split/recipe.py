@@ -17,13 +17,14 @@ DECODERS = ("ghnd", "bottlefit", "entropic", "light")
 
 @dataclass(frozen=True)
 class SplitRecipe:
-    """`cut` names the feature that the decoder makes, `stem` an earlier one up to which the device runs the network's
-    own layers, "" for none; `taps` are later features that are distilled too (none: HND). The `encoder` gives `latent`
-    channels at 1 / `stride` of the stem's output, in `members` of an ensemble or at `widths`. `bits` are those of a
-    latent's element, or, with `beta` above 0, a learned prior says how many, and `beta` is what a bit may cost in
-    squared error of features. `epochs` and `rate` are of the first stage, `tail_epochs` and `tail_rate` of the second,
-    in which labels weigh `alpha` and the teacher's answers the rest. A part `held` of the rows trains nothing and
-    measures the modes. Pictures are (x - mean) / deviation of bytes."""
+    """`cut` names the feature that the decoder makes, "" for the smallest behind a third of the work, `stem` an earlier
+    one up to which the device runs the network's own layers, "" for none; `taps` are later features that are distilled
+    too (none: HND). The `encoder` gives `latent` channels at 1 / `stride` of the stem's output (0: at about the cut's
+    size), in `members` of an ensemble or at `widths`. `bits` are those of a latent's element, or, with `beta` above 0,
+    a learned prior says how many, and `beta` is what a bit may cost in squared error of features. `epochs` and `rate`
+    are of the first stage, `tail_epochs` and `tail_rate` of the second, in which labels weigh `alpha` and the teacher's
+    answers the rest. A part `held` of the rows trains nothing and measures the modes. Pictures are (x - mean) /
+    deviation of bytes."""
 
     cut: str = ""
     stem: str = ""
@@ -31,7 +32,7 @@ class SplitRecipe:
     encoder: str = "separable"
     decoder: str = "light"
     latent: int = 12
-    stride: int = 8
+    stride: int = 0
     width: int = 0
     members: int = 1
     widths: tuple[float, ...] = ()
@@ -53,8 +54,6 @@ class SplitRecipe:
         for name, allowed in (("encoder", ENCODERS), ("decoder", DECODERS)):
             if getattr(self, name) not in allowed:
                 raise _refuse(f"{name} is {getattr(self, name)!r}", "one of " + ", ".join(allowed))
-        if not self.cut:
-            raise _refuse("cut is not named", "a value of the network, or a module path")
         if not self.bits or not all(bits in range(1, 9) for bits in self.bits):
             raise _refuse(f"bits are {list(self.bits)}", "numbers from 1 to 8")
         if not 1 <= self.members <= 16 or (self.widths and self.members > 1):

@@ -5,19 +5,21 @@ held-out rows, pack. Everything that took long is kept in a folder of checkpoint
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from shoal.runtime.errors import SourceError, UsageError
+from shoal.runtime.errors import ConvertError, SourceError, UsageError
 from shoal.runtime.events import Event, Progress, silent
 
 from . import bottleneck, distil, export, modes
 from .distil import CUT, Rows, Schedule, Student
 from .entropic import FactorisedPrior
+from .graph import cuts
 from .network import Network, split
 from .recipe import SplitRecipe
 from .slimmable import Ensemble, Levels, Slim, recalibrate
@@ -69,6 +71,7 @@ def train(
     """
     folder, name = Path(folder), name or "split"
     network = network.eval().requires_grad_(False)
+    recipe = recipe if recipe.cut else replace(recipe, cut=search(network, (3, *images.shape[1:3])))
     head, tail = split(network, recipe.cut)
     stem = split(head, recipe.stem)[0] if recipe.stem else None
     rows, held = _rows(images, labels, recipe, head, tail, stem, progress)
@@ -96,6 +99,19 @@ def train(
     pack({"head": graph, "local": local}, device, name, local=alone, **found)
     pack({"tail": edge}, served, name, **found)
     return Report(device, served, frozen, whole, tuple(table), tuple(losses))
+
+
+def search(network: Network, picture: Sequence[int]) -> str:
+    """The cut of the smallest feature [c, h, w] among those with a tenth to a half of the work before them (the first
+    of equal ones): what is before it the encoder replaces, and a decoder has little to make. Raises ConvertError."""
+    found = cuts(network.graph, {network.graph.inputs[0].name: picture})
+    total = found[0].macs_before + found[0].macs_after
+    fit = [one for one in found if len(one.shape) == 3 and min(one.shape[1:]) > 1]
+    near = [one for one in fit if 0.1 <= one.macs_before / max(total, 1) <= 0.5]
+    if not fit:
+        why = "None of its cuts is a map of several positions."
+        raise ConvertError("No cut was found.", why, "Name one, with --cut or in the recipe.")
+    return min(near or fit, key=lambda one: one.bytes).value
 
 
 def _rows(images, labels, recipe, head, tail, stem, progress) -> tuple[Rows, Rows]:
@@ -132,10 +148,14 @@ def _student(recipe: SplitRecipe, rows: Rows, tail: Network) -> Student:
     """Weights of the encoder and the decoder are drawn from the recipe's seed; the tail's are copied."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        given = torch.from_numpy(rows.arrays["input"][:2]).float()
+        given, feature = torch.from_numpy(rows.arrays["input"][:2]).float(), rows.arrays[CUT].shape[1:]
+        if len(feature) != 3:
+            raise ConvertError("The network cannot be cut here.", f"The feature is {list(feature)}, not [c, h, w].",
+                               "Name a cut between convolutions.")  # fmt: skip
+        stride = recipe.stride or 1 << round(np.log2(max(given.shape[2] / feature[1], 1)))
 
         def one(width: int = recipe.width) -> nn.Sequential:
-            return bottleneck.encoder(recipe.encoder, given.shape[1], recipe.latent, recipe.stride, width)
+            return bottleneck.encoder(recipe.encoder, given.shape[1], recipe.latent, stride, width)
 
         encoder: nn.Module = one()
         if recipe.members > 1:
@@ -144,7 +164,7 @@ def _student(recipe: SplitRecipe, rows: Rows, tail: Network) -> Student:
             encoder = Slim(one(), recipe.widths)
         with torch.no_grad():
             latent = tuple(encoder.eval()(given).shape[1:])
-        decoder = bottleneck.decoder(recipe.decoder, latent, rows.arrays[CUT].shape[1:])
+        decoder = bottleneck.decoder(recipe.decoder, latent, feature)
     choices = getattr(encoder, "choices", 1)
     channel = FactorisedPrior(recipe.latent) if recipe.beta else Levels(recipe.latent, choices)
     return Student(encoder, channel, decoder, Network(tail.trained()), recipe.taps)

@@ -1,6 +1,7 @@
 """From a network and pictures to two bundles: what a device sends through them is answered as the mode table says."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from shoal.cli import main
 from shoal.converters.sources import onnx, torch_module
 from shoal.converters.split import recipe as recipes
 from shoal.converters.split.network import export
@@ -102,6 +104,26 @@ def test_a_second_try_only_reads_what_is_done(whole, data, tmp_path):
         with Bundle.open(report.edge) as edge:
             digests.append((edge.section("weights", "weights").sha256, report.encoder, report.losses))
     assert digests[0] == digests[1]
+
+
+def test_the_verb_splits_an_onnx_file_where_it_finds_a_cut(whole, data, tmp_path, capsys):
+    model = export(whole, torch.zeros(2, 3, 16, 16), inputs=("image",), outputs=("logits",))
+    (tmp_path / "toy.onnx").write_bytes(model)
+    np.savez(tmp_path / "data.npz", images=data[0], labels=data[1])
+    (tmp_path / "r.toml").write_text("[split]\nlatent = 4\nbits = [2, 4]\nepochs = 1\ntail_epochs = 1\nrate = 3e-3\n")
+    words = [
+        "convert",
+        str(tmp_path / "toy.onnx"),
+        "--recipe",
+        str(tmp_path / "r.toml"),
+        "--out",
+        str(tmp_path / "made"),
+    ]
+    assert main([*words, "--json"]) == 2  # no data
+    assert main([*words, "--data", str(tmp_path / "data.npz"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [mode["bits"] for mode in said["modes"]] == [2, 4]
+    assert Path(said["device"]).name == "toy.device.shoal" and Path(said["edge"]).exists()
 
 
 def test_recipes_are_read_and_refused_by_the_field(tmp_path):

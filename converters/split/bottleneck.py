@@ -73,7 +73,7 @@ def encoder(kind: str, channels: int, latent: int, stride: int, width: int = 0) 
     return nn.Sequential(*globals()[f"_{kind}"](channels, latent, halvings, width))
 
 
-def _ghnd(channels, latent, halvings, width):
+def _ghnd(channels: int, latent: int, halvings: int, width: int) -> list[nn.Module]:
     wide = [channels, width or channels, 4 * (width or channels), width or channels, latent]
     layers: list[nn.Module] = []
     for at in range(4):
@@ -84,9 +84,13 @@ def _ghnd(channels, latent, halvings, width):
     return layers
 
 
-def _bottlefit(channels, latent, halvings, width):
+def _bottlefit(channels: int, latent: int, halvings: int, width: int) -> list[nn.Module]:
     width = width or 64
-    layers = [nn.Conv2d(channels, width, 7, 2 if halvings else 1, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, width, 7, 2 if halvings else 1, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
     if halvings > 1:
         layers += [nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
     for _ in range(halvings - 3):
@@ -95,9 +99,10 @@ def _bottlefit(channels, latent, halvings, width):
     return [*layers, nn.Conv2d(width, latent, 2, 2 if strided else 1, 0 if strided else 1, bias=False)]
 
 
-def _entropic(channels, latent, halvings, width):
+def _entropic(channels: int, latent: int, halvings: int, width: int) -> list[nn.Module]:
     width = width or 96
-    layers, inner = [], channels
+    layers: list[nn.Module] = []
+    inner = channels
     for at in range(max(halvings, 2)):
         out = width if at == 0 else width // 2
         layers += [nn.Conv2d(inner, out, 5, 2 if at < halvings else 1, 2, bias=False), Gdn1(out)]
@@ -105,8 +110,9 @@ def _entropic(channels, latent, halvings, width):
     return [*layers, nn.Conv2d(inner, latent, 2, bias=False)]
 
 
-def _separable(channels, latent, halvings, width):
-    layers, inner = [], channels
+def _separable(channels: int, latent: int, halvings: int, width: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    inner = channels
     for at in range(max(halvings, 1)):
         out = (width or 32) << min(at, 2)
         layers += [nn.Conv2d(inner, inner, 3, 2 if at < halvings else 1, 1, groups=inner, bias=False)]
@@ -115,15 +121,16 @@ def _separable(channels, latent, halvings, width):
     return [*layers, nn.Conv2d(inner, latent, 1)]
 
 
-def _thin(channels, latent, halvings, width):
-    width, layers, inner = width or 8, [], channels
+def _thin(channels: int, latent: int, halvings: int, width: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    width, inner = width or 8, channels
     for at in range(max(halvings, 1)):
         layers += _inverted(inner, width, 2 if at < halvings else 1)
         inner = width
     return [*layers, Residual(*_inverted(width, width, 1)), nn.Conv2d(width, latent, 1)]
 
 
-def _inverted(channels, out, stride):
+def _inverted(channels: int, out: int, stride: int) -> list[nn.Module]:
     inner = 6 * min(channels, out)
     return [
         nn.Conv2d(channels, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(),
@@ -157,7 +164,7 @@ def decoder(
     def conv(
         inner: int, out: int, bias: bool = False
     ) -> nn.Conv2d:  # 2x2: a map grows or shrinks by one, to the target
-        padding = tuple(int(size[axis] <= target[axis]) for axis in (0, 1))
+        padding = int(size[0] <= target[0]), int(size[1] <= target[1])
         for axis in (0, 1):
             size[axis] += 1 if padding[axis] else -1
         return nn.Conv2d(inner, out, 2, padding=padding, bias=bias)

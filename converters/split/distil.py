@@ -107,6 +107,11 @@ class Student(nn.Module):
             return self.channel(latent, generator)
         return self.channel(latent, bits, choice) if bits else latent
 
+    def cost(self, sent: torch.Tensor) -> torch.Tensor:
+        """Bits of each number of latents, under the prior."""
+        assert isinstance(self.channel, FactorisedPrior)
+        return self.channel.bits(sent)
+
     def features(self, latent: torch.Tensor) -> dict[str, torch.Tensor]:
         """CUT and the taps; of the tail no more is computed than they need."""
         cut = self.decoder(latent)
@@ -210,7 +215,7 @@ def stage1(
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 latent = student.encode(batch["input"], choice).float()
                 sent = student.send(latent, drawn, choice, generator)
-                cost = student.channel.bits(sent) if beta else None
+                cost = student.cost(sent) if beta else None
                 features = student.features(sent) if len(names) > 1 else {CUT: student.decoder(sent)}
             wanted = {name: batch[name] for name in names}
             for name in names:
@@ -233,7 +238,8 @@ def stage2(
     def loss(batch: Batch, generator: torch.Generator) -> torch.Tensor:
         choice, bits = modes[int(torch.randint(len(modes), (), generator=generator))]
         with torch.no_grad():
-            latent = student.send(batch.get(f"latent{choice}", batch.get("latent")), bits, choice)
+            named = f"latent{choice}"
+            latent = student.send(batch[named if named in batch else "latent"], bits, choice)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = student.tail(student.decoder(latent)).float()
         total = torch.zeros(())
@@ -255,9 +261,11 @@ def fit(
     """Trains, and returns each epoch's mean loss. `checkpoint` is a file from which it goes on if it was interrupted,
     at most `every` seconds of work earlier, to the same result; it stays, and a finished one is only read. Raises
     StorageError, and UsageError for a checkpoint of another training."""
-    kind = torch.optim.SGD if schedule.sgd else torch.optim.Adam
-    extra = {"momentum": 0.9} if schedule.sgd else {}
-    optimiser = kind(list(learns), lr=schedule.rate, weight_decay=schedule.decay, **extra)
+    optimiser: torch.optim.Optimizer
+    if schedule.sgd:
+        optimiser = torch.optim.SGD(list(learns), lr=schedule.rate, weight_decay=schedule.decay, momentum=0.9)
+    else:
+        optimiser = torch.optim.Adam(list(learns), lr=schedule.rate, weight_decay=schedule.decay)
     steps = -(-rows.count // schedule.batch)
     generator = torch.Generator()
     epoch, step, sums, losses = 0, 0, 0.0, list[float]()

@@ -10,6 +10,7 @@ are traced by torch.fx and written operator by operator. All of it is of the ops
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -136,8 +137,12 @@ def head(
     if choices > 1:
         choice = ir.Value(name="encoder", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
         inputs.append(choice)
-        write = {Ensemble: _ensemble, Slim: _slim}[type(encoder)]
-        y = write(writer, encoder, x, choice)
+        if isinstance(encoder, Ensemble):
+            y = _ensemble(writer, encoder, x, choice)
+        elif isinstance(encoder, Slim):
+            y = _slim(writer, encoder, x, choice)
+        else:
+            raise _refuse(f"{type(encoder).__name__} has choices that are neither members nor widths")
     else:
         y = emit(writer, encoder, x, "encoder")
     y = writer.op("Identity", y, name="latent")
@@ -260,26 +265,29 @@ def emit(writer: Writer, module: nn.Module, x: ir.Value, name: str) -> ir.Value:
     found: dict[fx.Node, ir.Value] = {}
     skipped: set[fx.Node] = set()
     for node in traced.nodes:
+        source_node: Any = node.args[0] if node.args else None
         if node in skipped:
             continue
         here = f"{name}.{node.target}" if name else str(node.target)
         if node.op == "placeholder":
             found[node] = x
         elif node.op == "output":
-            return found[node.args[0]]
+            return found[source_node]
         elif node.op == "call_module":
-            layer, after = modules[node.target], next(iter(node.users), None)
-            source = found[node.args[0]]
+            layer, after = modules[str(node.target)], next(iter(node.users), None)
+            source = found[source_node]
             norm = modules.get(str(after.target)) if after is not None and after.op == "call_module" else None
             if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and len(node.users) == 1:
-                weight, bias = _folded(layer, norm)
-                weight, bias = writer.weight(f"{here}.weight", weight), writer.weight(f"{here}.bias", bias)
+                assert after is not None
+                arrays = zip(("weight", "bias"), _folded(layer, norm), strict=True)
+                weight, bias = (writer.weight(f"{here}.{key}", array) for key, array in arrays)
                 found[node] = found[after] = _conv(writer, layer, source, weight, bias, layer.groups)
                 skipped.add(after)
             else:
                 found[node] = _module(writer, layer, source, here)
         else:
-            found[node] = _function(writer, node, [found.get(arg, arg) for arg in node.args])
+            args: list[Any] = [found.get(arg, arg) for arg in node.args]  # type: ignore[call-overload, arg-type]
+            found[node] = _function(writer, node, args)
     raise _refuse(f"{type(module).__name__} gives nothing")
 
 
@@ -308,15 +316,13 @@ def _module(writer: Writer, layer: nn.Module, x: ir.Value, name: str) -> ir.Valu
             bias = None if layer.bias is None else weight("bias", layer.bias)
             return _conv(writer, layer, x, weight("weight", layer.weight), bias, layer.groups)
         case nn.BatchNorm2d() if layer.running_mean is not None and layer.running_var is not None:
-            values = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
-            named = [weight(key, value) for key, value in zip(("weight", "bias", "mean", "var"), values, strict=True)]
-            return writer.op("BatchNormalization", x, *named, epsilon=layer.eps)
+            held = {"weight": layer.weight, "bias": layer.bias, "mean": layer.running_mean, "var": layer.running_var}
+            return writer.op("BatchNormalization", x, *[weight(*one) for one in held.items()], epsilon=layer.eps)
         case nn.GroupNorm():
-            values = layer.weight, layer.bias
-            return _group_norm(writer, layer, x, values, name)
+            return _group_norm(writer, layer, x, name)
         case nn.Linear():
-            values = weight("weight", layer.weight), *[weight("bias", layer.bias)] * (layer.bias is not None)
-            return writer.op("Gemm", x, *values, transB=1)
+            biases = [] if layer.bias is None else [weight("bias", layer.bias)]
+            return writer.op("Gemm", x, weight("weight", layer.weight), *biases, transB=1)
         case nn.ReLU():
             return writer.op("Relu", x)
         case nn.ReLU6():
@@ -327,9 +333,10 @@ def _module(writer: Writer, layer: nn.Module, x: ir.Value, name: str) -> ir.Valu
             kernel, stride, padding = (
                 list(v) if isinstance(v, tuple) else [v, v] for v in (layer.kernel_size, layer.stride, layer.padding)
             )
-            kind = "MaxPool" if isinstance(layer, nn.MaxPool2d) else "AveragePool"
-            counted = {"count_include_pad": 1} if kind == "AveragePool" else {}
-            return writer.op(kind, x, kernel_shape=kernel, strides=stride, pads=[*padding, *padding], **counted)
+            pads = [*padding, *padding]
+            if isinstance(layer, nn.MaxPool2d):
+                return writer.op("MaxPool", x, kernel_shape=kernel, strides=stride, pads=pads)
+            return writer.op("AveragePool", x, kernel_shape=kernel, strides=stride, pads=pads, count_include_pad=1)
         case nn.AdaptiveAvgPool2d(output_size=1 | (1, 1)):
             return writer.op("GlobalAveragePool", x)
         case nn.Flatten(start_dim=1, end_dim=-1):
@@ -340,12 +347,15 @@ def _module(writer: Writer, layer: nn.Module, x: ir.Value, name: str) -> ir.Valu
                              coordinate_transformation_mode="asymmetric")  # fmt: skip
         case nn.ReplicationPad2d():
             left, right, top, bottom = layer.padding
-            pads = writer.weight(f"{name}.pads", np.array([0, 0, top, left, 0, 0, bottom, right], np.int64))
-            return writer.op("Pad", x, pads, mode="edge")
+            sides = writer.weight(f"{name}.pads", np.array([0, 0, top, left, 0, 0, bottom, right], np.int64))
+            return writer.op("Pad", x, sides, mode="edge")
         case Crop():
-            bounds = (np.zeros(2, np.int64), np.array([layer.height, layer.width]), np.array([2, 3]))
-            named = zip(("starts", "ends", "axes"), bounds, strict=True)
-            return writer.op("Slice", x, *[writer.weight(f"{name}.{key}", value) for key, value in named])
+            bounds = {
+                "starts": np.zeros(2, np.int64),
+                "ends": np.array([layer.height, layer.width]),
+                "axes": np.array([2, 3]),
+            }
+            return writer.op("Slice", x, *[writer.weight(f"{name}.{key}", value) for key, value in bounds.items()])
         case Gdn1():
             beta, gamma = layer.factors()
             norm = writer.op(
@@ -355,20 +365,21 @@ def _module(writer: Writer, layer: nn.Module, x: ir.Value, name: str) -> ir.Valu
     raise _refuse(f"{name} is a {layer}")
 
 
-def _group_norm(writer, layer, x, values, name) -> ir.Value:
+def _group_norm(writer: Writer, layer: nn.GroupNorm, x: ir.Value, name: str) -> ir.Value:
     """As an instance norm of groups: before opset 21 the operator scales groups, not channels."""
     rows = writer.weight(f"rows.{layer.num_groups}", np.array([0, layer.num_groups, -1], np.int64))
     ones, none = np.ones(layer.num_groups, np.float32), np.zeros(layer.num_groups, np.float32)
     found = writer.op("InstanceNormalization", writer.op("Reshape", x, rows), writer.weight(f"{name}.ones", ones),
                       writer.weight(f"{name}.none", none), epsilon=layer.eps)  # fmt: skip
     found = writer.op("Reshape", found, writer.op("Shape", x))
-    scale, shift = (writer.weight(f"{name}.{key}", _array(value)[:, None, None])
-                    for key, value in zip(("weight", "bias"), values, strict=True))  # fmt: skip
+    scale = writer.weight(f"{name}.weight", _array(layer.weight)[:, None, None])
+    shift = writer.weight(f"{name}.bias", _array(layer.bias)[:, None, None])
     return writer.op("Add", writer.op("Mul", found, scale), shift)
 
 
 def _function(writer: Writer, node: fx.Node, args: list) -> ir.Value:
-    target, options = node.target, node.kwargs
+    target: Any = node.target
+    options = node.kwargs
     if node.op == "call_method":
         target = {"mean": torch.mean, "flatten": torch.flatten, "relu": F.relu}.get(str(node.target), node.target)
     if target in (F.relu, torch.relu):

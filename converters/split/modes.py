@@ -19,6 +19,7 @@ from shoal.runtime.split.tables import Tables
 
 from .distil import Rows, Student
 from .entropic import FactorisedPrior
+from .slimmable import Levels
 
 _BATCH = 250
 
@@ -59,6 +60,7 @@ def tables(student: Student, learnt: np.ndarray, choice: int = 0, bits: int = 0)
     """The codec's, from latents of the data that was trained on; with a prior, its own number of bits."""
     if isinstance(student.channel, FactorisedPrior):
         return student.channel.tables(learnt)
+    assert isinstance(student.channel, Levels)
     return Tables.fit(student.channel.quantiser(bits, choice), learnt)
 
 

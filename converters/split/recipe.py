@@ -83,7 +83,7 @@ def load(recipe: "str | Path | SplitRecipe", **changes: Any) -> SplitRecipe:
             raise _refuse(f"split has an unknown field {key!r}", ", ".join(known))
         default = known[key].default
         if isinstance(default, tuple):
-            of = {"taps": str, "bits": int, "widths": (int, float)}[key]
+            of: Any = {"taps": str, "bits": int, "widths": (int, float)}[key]
             if not isinstance(value, list) or not all(
                 isinstance(one, of) and not isinstance(one, bool) for one in value
             ):

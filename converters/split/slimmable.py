@@ -9,6 +9,7 @@ what follows the latent.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ STEPS = (0.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0568, 0.0308)
 class Levels(nn.Module):
     """A latent's uniform levels at any number of bits, from each channel's running mean and deviation, for each of an
     encoder's `choices`: the channels that a narrow one drops are wide ones' all the same."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    seen: torch.Tensor
 
     def __init__(self, channels: int, choices: int = 1, momentum: float = 0.05):
         super().__init__()
@@ -100,6 +105,9 @@ class SlimNorm(nn.Module):
     """Batch normalisation with running statistics of its own for each width, and one weight and bias."""
 
     width = 0
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    batches: torch.Tensor
 
     def __init__(self, channels: int, widths: int, eps: float = 1e-5, momentum: float | None = 0.1):
         super().__init__()
@@ -139,8 +147,9 @@ class Slim(nn.Module):
         if isinstance(layer, nn.BatchNorm2d):
             return SlimNorm(layer.num_features, self.choices, layer.eps, layer.momentum)
         if isinstance(layer, nn.Conv2d) and layer.groups in (1, layer.in_channels):
-            slim = SlimConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                              groups=layer.groups, bias=layer.bias is not None)  # fmt: skip
+            alike = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+            sizes: dict[str, Any] = {key: getattr(layer, key) for key in alike}
+            slim = SlimConv2d(**sizes, bias=layer.bias is not None)
             slim.load_state_dict(layer.state_dict())
             return slim
         if isinstance(layer, nn.ReLU | nn.ReLU6 | nn.MaxPool2d):

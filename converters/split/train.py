@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def train(
     edge = export.network([student.decoder, student.tail], {"latent": latent}, outputs, classes)
     table = modes.table(student, rows, held, recipe.bits, graph, picture)
     progress(Event("modes", len(table), len(table), "measured", "modes"))
-    found = {
+    found: dict[str, Any] = {
         "encoder": frozen,
         "modes": [mode.row() for mode in table],
         "codecs": {mode.codec: mode.tables.to_bytes() for mode in table},

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from shoal.runtime.errors import UsageError
 
-ENCODERS = ("ghnd", "bottlefit", "entropic", "separable", "thin")
+ENCODERS = ("ghnd", "bottlefit", "entropic", "separable", "thin", "linear")
 DECODERS = ("ghnd", "bottlefit", "entropic", "light")
 
 
@@ -61,10 +61,10 @@ def encoder(kind: str, channels: int, latent: int, stride: int, width: int = 0) 
     """fp32 [n, channels, h, w] to latent fp32 [n, latent, about h / stride, about w / stride], signed and without an
     activation. Raises UsageError unless `kind` is one of ENCODERS and `stride` a power of two that it can have.
 
-    ghnd (Matsubara and Levorato 2020) is four 2x2 convolutions, bottlefit (Matsubara et al. 2022) 7x7, pooling and
-    2x2, entropic (Matsubara et al. 2022) 5x5 with GDN. separable is depthwise 3x3 and pointwise, thin an inverted
-    bottleneck of few channels (the members of Assine et al. 2023). `width` is their channels, 0 the papers' or 32 / 8.
-    """
+    ghnd (Matsubara and Levorato 2020) is four 2x2 convolutions, bottlefit (Matsubara et al. 2022) 7x7, pooling and 2x2,
+    entropic (Matsubara et al. 2022) 5x5 with GDN. separable is depthwise 3x3 and pointwise, thin an inverted bottleneck
+    of few channels (the members of Assine et al. 2023), linear a projection of patches, for a cut up to which the
+    device runs the network's own layers. `width` is their channels, 0 the papers' or 32 / 8."""
     halvings = stride.bit_length() - 1
     if kind not in ENCODERS or channels < 1 or latent < 1:
         raise _refuse(f"{kind!r} from {channels} to {latent} channels", f"Kinds are {', '.join(ENCODERS)}.")
@@ -128,6 +128,10 @@ def _thin(channels: int, latent: int, halvings: int, width: int) -> list[nn.Modu
         layers += _inverted(inner, width, 2 if at < halvings else 1)
         inner = width
     return [*layers, Residual(*_inverted(width, width, 1)), nn.Conv2d(width, latent, 1)]
+
+
+def _linear(channels: int, latent: int, halvings: int, width: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, latent, 1 << halvings, 1 << halvings)]
 
 
 def _inverted(channels: int, out: int, stride: int) -> list[nn.Module]:

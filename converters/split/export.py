@@ -388,7 +388,8 @@ def _function(writer: Writer, node: fx.Node, args: list) -> ir.Value:
         return _relu6(writer, args[0])
     if target in (operator.add, torch.add) and all(isinstance(arg, ir.Value) for arg in args) and not options:
         return writer.op("Add", *args)
-    if target is F.pad and len(args) == 2 and len(args[1]) == 4 and not options:
+    zeros = options.get("mode", "constant") == "constant" and not options.get("value")
+    if target is F.pad and len(args) == 2 and len(args[1]) == 4 and zeros:
         left, right, top, bottom = args[1]
         name = f"pads.{left}.{right}.{top}.{bottom}"
         return writer.op(

@@ -11,20 +11,20 @@ from typing import Any
 
 from shoal.runtime.errors import UsageError
 
-ENCODERS = ("ghnd", "bottlefit", "entropic", "separable", "thin")
+ENCODERS = ("ghnd", "bottlefit", "entropic", "separable", "thin", "linear")
 DECODERS = ("ghnd", "bottlefit", "entropic", "light")
 
 
 @dataclass(frozen=True)
 class SplitRecipe:
-    """`cut` names the feature that the decoder makes, "" for the smallest behind a third of the work, `stem` an earlier
-    one up to which the device runs the network's own layers, "" for none; `taps` are later features that are distilled
-    too (none: HND). The `encoder` gives `latent` channels at 1 / `stride` of the stem's output (0: at about the cut's
-    size), in `members` of an ensemble or at `widths`. `bits` are those of a latent's element, or, with `beta` above 0,
-    a learned prior says how many, and `beta` is what a bit may cost in squared error of features. `epochs` and `rate`
-    are of the first stage, `tail_epochs` and `tail_rate` of the second, in which labels weigh `alpha` and the teacher's
-    answers the rest. A part `held` of the rows trains nothing and measures the modes. Pictures are (x - mean) /
-    deviation of bytes."""
+    """`cut` names the feature that the decoder makes, "" for the smallest behind a tenth to a half of the work, `stem`
+    an earlier one up to which the device runs the network's own layers, "" for none; `taps` are later features that are
+    distilled too (none: HND). The `encoder` gives `latent` channels at 1 / `stride` of the stem's output (0: at about
+    the cut's size), in `members` of an ensemble or at `widths`. `bits` are those of a latent's element, or, with `beta`
+    above 0, a learned prior says how many, and `beta` is what a bit may cost in squared error of features. `epochs` and
+    `rate` are of the first stage, `tail_epochs` and `tail_rate` of the second, in which labels weigh `alpha` and the
+    teacher's answers the rest. A part `held` of the rows trains nothing and measures the modes. Pictures are (x - mean)
+    / deviation of bytes."""
 
     cut: str = ""
     stem: str = ""

@@ -74,7 +74,9 @@ def train(
     network = network.eval().requires_grad_(False)
     recipe = recipe if recipe.cut else replace(recipe, cut=search(network, (3, *images.shape[1:3])))
     head, tail = split(network, recipe.cut)
-    stem = split(head, recipe.stem)[0] if recipe.stem else None
+    stem = None
+    if recipe.stem:  # up to the cut itself there is nothing to split
+        stem = head if recipe.stem == recipe.cut else split(head, recipe.stem)[0]
     rows, held = _rows(images, labels, recipe, head, tail, stem, progress)
     whole = float((held.arrays["outputs"].argmax(1) == held.arrays["label"]).mean())
     student = _student(recipe, rows, tail)

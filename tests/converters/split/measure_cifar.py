@@ -2,9 +2,10 @@
 
     python tests/converters/split/measure_cifar.py DATA.npz WEIGHTS.pth FOLDER [STAGE ...]
 
-Stages, in their order by default: uncut, taught, b12, e1, e2, e3, e4, ens, b6, b3, local, codecs, head. Each leaves its
-checkpoints and its figures in FOLDER, is skipped once it is done and goes on where it was killed. The first layers (up
-to block 4, stride 8) are frozen throughout, so what they give is computed once, for each picture and its mirror image.
+Stages, in their order by default: uncut, taught, l12, n (n1 to n4), n1.tail, n2.tail, l12.tail, b12, e1 to e4, ens, b6,
+b3, local, codecs, head. Each leaves its checkpoints and its figures in FOLDER, is skipped once it is done and goes on
+where it was killed. The first layers (up to block 4, stride 8) are frozen throughout, so what they give is computed
+once, for each picture and its mirror image.
 """
 
 import copy
@@ -198,11 +199,12 @@ class Measure:
             self.results(**{name: {"modes": self.measured(student, bits, name), "encoder": frozen, "same": same}})
         return student
 
-    def measured(self, student, bits, name, least=1):
+    def measured(self, student, bits, name, least=1, train=None, test=None):
         uncut, found = np.load(self.folder / "right.uncut.npy"), []
-        train = Rows({"input": self.train.arrays["input"][:TRAIN]})
+        test = test or self.test
+        train = Rows({"input": (train or self.train).arrays["input"][:TRAIN]})
         for choice in range(least, student.choices + 1):
-            learnt, held = modes.latents(student, train, choice), modes.latents(student, self.test, choice)
+            learnt, held = modes.latents(student, train, choice), modes.latents(student, test, choice)
             for number in bits:
                 tables = modes.tables(student, learnt, choice, number)
                 sizes, outputs = modes.answers(student, tables, held)
@@ -215,6 +217,60 @@ class Measure:
                 row |= {"ideal": ideal, "accuracy": float(right.mean()), "less": less, "interval": half}
                 found.append(row)
         return found
+
+    def own(self, *names):
+        """Encoders behind the own layers up to the cut: HND alone, the tail as it is. l12 has levels at several
+        numbers of bits, n1 to n4 are entropic, each going on where the one before ended."""
+        self.uncut()
+        rows = self.taught()
+        given = Rows({"input": rows.arrays[CUT], CUT: rows.arrays[CUT]}, mirrored=True)
+        test = self.cut_rows()
+        student = None
+        for name in names:
+            epochs = EPOCHS["own warm" if student else "own"]
+            student = student or self.linear(name, self.tail)
+            levels = isinstance(student.channel, Levels)
+            bits, beta = ((2, 3, 4, 8), 0.0) if levels else ((0,), OWN_BETAS[int(name[1:])])
+            loss = distil.stage1(student, bits=bits, beta=beta)
+            self.fit(name, student, student.stage(1), loss, given, Schedule(epochs, 50, 2e-3, cosine=True))
+            student.eval().requires_grad_(False)
+            if levels:
+                student.channel.settle(modes.latents(student, given))
+            if name not in self.results():
+                self.results(**{name: {"modes": self.measured(student, bits[::-1], name, 1, given, test)}})
+
+    def linear(self, name, tail):
+        torch.manual_seed(1)
+        latent = int(name[1:]) if name[0] == "l" else 24
+        channel = Levels(latent) if name[0] == "l" else FactorisedPrior(latent)
+        decoder = bottleneck.decoder("light", (latent, 8, 8), FEATURE, width=96)
+        return Student(bottleneck.encoder("linear", 80, latent, 1), channel, decoder, tail)
+
+    @torch.no_grad()
+    def cut_rows(self):
+        held = np.concatenate([self.head(batch["input"]).numpy() for batch in self.test.batches(250)])
+        return Rows({"input": held, "label": self.test.arrays["label"]})
+
+    def tuned(self, name):
+        """The second stage of one of `own`."""
+        self.uncut()
+        rows, test = self.taught(), self.cut_rows()
+        student = self.linear(name, copy.deepcopy(self.tail))
+        student.load_state_dict(torch.load(self.folder / f"{name}.pt", weights_only=True)["module"])
+        given = Rows({"input": rows.arrays[CUT]}, mirrored=True)
+        levels = isinstance(student.channel, Levels)
+        frozen, bits = distil.digest(student.encoder), (2, 3, 4, 8) if levels else (0,)
+        kept = modes.latents(student, given, mirrored=True)
+        if levels:
+            student.channel.settle(kept)
+        arrays = {"latent": kept, "label": rows.arrays["label"], "outputs": rows.arrays["outputs"]}
+        loss = distil.stage2(student, modes=[(0, number) for number in bits])
+        schedule = Schedule(EPOCHS["tail"], 50, 3e-4, cosine=True)
+        self.fit(f"{name}.tail", student, student.stage(2), loss, Rows(arrays, mirrored=True), schedule)
+        student.eval().requires_grad_(False)
+        found = self.measured(student, bits[::-1], f"{name}.tail", 1, given, test)
+        same = distil.digest(student.encoder) == frozen
+        self.results(**{f"{name}.tail": {"modes": found, "encoder": frozen, "same": same}})
 
     def b(self, channels):
         body = lambda: bottleneck.encoder("separable", 40, channels, 2, 96)  # noqa: E731
@@ -284,7 +340,8 @@ class Measure:
                            "whole_ms": modes.head_ms(whole, (3, SIDE, SIDE), runs=100)})  # fmt: skip
 
 
-EPOCHS = {"uncut": 4, "hnd": 4, "ghnd": 4, "warm": 2, "tail": 2}
+EPOCHS = {"own": 8, "own warm": 3, "uncut": 4, "hnd": 12, "ghnd": 8, "warm": 4, "tail": 3}
+OWN_BETAS = {1: 4.0, 2: 12.0, 3: 36.0, 4: 108.0}
 BETAS = {1: 5.0, 2: 20.0, 3: 60.0, 4: 180.0}  # a step's error is some 1e5
 
 
@@ -298,11 +355,14 @@ def main(data, weights, folder, *stages):
     measure = Measure(data, weights, folder)
     run = {"uncut": measure.uncut, "taught": measure.taught, "local": measure.local, "codecs": measure.codecs,
            "ens": measure.ens, "head": measure.head_times}  # fmt: skip
+    run.update({"l12": lambda: measure.own("l12"), "n": lambda: measure.own("n1", "n2", "n3", "n4")})
+    tuned = ("l12", "n1", "n2", "n3", "n4")
+    run.update({f"{name}.tail": (lambda name=name: measure.tuned(name)) for name in tuned})
     run.update({f"b{count}": (lambda count=count: measure.b(count)) for count in (3, 6, 12)})
     run.update({f"e{number}": (lambda number=number: measure.e(number)) for number in BETAS})
-    usual = ("uncut", "taught", "b12", "e1", "e2", "e3", "e4", "ens", "b6", "b3", "local", "codecs", "head")
-    for stage in stages or usual:
-        if stage not in measure.results():
+    usual = "uncut taught l12 n n1.tail n2.tail l12.tail b12 e1 e2 e3 e4 ens b6 b3 local codecs head"
+    for stage in stages or usual.split():
+        if stage not in measure.results() and stage != "n" or stage == "n" and "n4" not in measure.results():
             run[stage]()
 
 

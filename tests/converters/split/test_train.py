@@ -57,8 +57,13 @@ def held(data, recipe: SplitRecipe) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"members": 2}, {"widths": (0.5, 1.0)}, {"beta": 2.0, "mirror": True}],
-    ids=["members", "widths", "entropic"],
+    [
+        {"members": 2},
+        {"widths": (0.5, 1.0)},
+        {"beta": 2.0, "mirror": True},
+        {"encoder": "linear", "stem": "0", "stride": 1, "epochs": 1},
+    ],
+    ids=["members", "widths", "entropic", "behind-its-own-layers"],
 )
 def test_what_is_packed_answers_as_its_table_says(whole, data, changes, tmp_path):
     recipe = dataclasses.replace(SMALL, **changes)
@@ -68,7 +73,10 @@ def test_what_is_packed_answers_as_its_table_says(whole, data, changes, tmp_path
     with Bundle.open(report.device) as device, Bundle.open(report.edge) as edge:
         table = parse(device.bytes(device.section("modes")))
         assert table.modes == parse(edge.bytes(edge.section("modes"))).modes
-        assert len(table.modes) == (1 if recipe.beta else 4) and table.encoder == report.encoder
+        assert (
+            len(table.modes) == {"members": 4, "widths": 4, "beta": 1}.get(next(iter(changes)), 2)
+            and table.encoder == report.encoder
+        )
         assert table.local.accuracy == pytest.approx(report.whole, abs=1e-4)
         with opened(device, "head") as head, opened(edge, "tail") as tail, opened(device, "local") as local:
             (image,) = head.inputs.keys() - {"encoder"}

@@ -362,7 +362,7 @@ def main(data, weights, folder, *stages):
     run.update({f"e{number}": (lambda number=number: measure.e(number)) for number in BETAS})
     usual = "uncut taught l12 n n1.tail n2.tail l12.tail b12 e1 e2 e3 e4 ens b6 b3 local codecs head"
     for stage in stages or usual.split():
-        if stage not in measure.results() and stage != "n" or stage == "n" and "n4" not in measure.results():
+        if {"n": "n4"}.get(stage, stage) not in measure.results():
             run[stage]()
 
 

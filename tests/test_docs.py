@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +90,19 @@ def test_the_page_on_latents_runs(run_page):
     said = re.search("^([0-9]+) of ([0-9]+) bytes, off by at most ([0-9.]+)$", page, re.M)
     assert said and int(said[1]) < int(said[2]) / 8 and float(said[3]) < 0.5
     assert re.search(r"^(edge 1 [0-9]+ \[[0-9]\] $|local )", page, re.M) and "'Conv:a'" in page
+
+
+def test_the_page_on_training_a_split_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = onnx.ModelProto.FromString(split().whole)
+    del model.graph.output[1:]  # the label: a network that is trained gives one thing
+    Path("network.onnx").write_bytes(model.SerializeToString())
+    np.savez("pictures.npz", images=np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8))
+    text = (ROOT / "docs/split-training.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    exec(compile(block, "docs/split-training.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said] == [f"e{member}b{bits}" for member in (1, 2, 3) for bits in (2, 4)]
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -39,6 +39,8 @@ LAZILY = {
 # Where something is trained: they import torch at their top, and nobody else imports them there
 TRAINED = {
     *(f"converters/split/{name}.py" for name in ("network", "operators", "operators_plain")),
+    *(f"converters/split/{name}.py" for name in ("bottleneck", "distil", "entropic", "exits", "export", "modes")),
+    *(f"converters/split/{name}.py" for name in ("neural_filter", "slimmable", "train")),
     *(f"converters/sources/{name}.py" for name in ("aten", "torch_module")),
 }
 NETWORK = {"http.client", "urllib.request", "starlette", "uvicorn", "httpx", "requests"}

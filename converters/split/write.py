@@ -37,7 +37,7 @@ def write(
     for node in graph.nodes:
         made = [values.setdefault(name, ir.Value(name=name)) if name else ir.Value(name="") for name in node.outputs]
         taken = [values[name] if name else None for name in node.inputs]
-        attributes = [_attribute(key, value) for key, value in node.attributes.items()]
+        attributes = [attribute(key, value) for key, value in node.attributes.items()]
         nodes.append(ir.Node("", node.op, taken, attributes, outputs=made, name=node.name))
     outputs = [values[name] for name in graph.outputs]
     for value in outputs:
@@ -48,8 +48,14 @@ def write(
     inner = ir.Graph([values[port.name] for port in graph.inputs], outputs, nodes=nodes, name="network",
                      initializers=[values[name] for name in graph.tensors],
                      opset_imports={"": graph.opset})  # fmt: skip
-    version = max([_IR, *(need for opset, need in _IRS.items() if graph.opset >= opset)])
-    return ir.serde.serialize_model(ir.Model(inner, ir_version=version)).SerializeToString(deterministic=True)
+    return ir.serde.serialize_model(ir.Model(inner, ir_version=version(graph.opset))).SerializeToString(
+        deterministic=True
+    )
+
+
+def version(opset: int) -> int:
+    """Of the file format, for this opset."""
+    return max([_IR, *(need for least, need in _IRS.items() if opset >= least)])
 
 
 def fold(graph: Graph) -> Graph:
@@ -87,7 +93,8 @@ def fold(graph: Graph) -> Graph:
     return replace(graph, nodes=left, tensors={name: array for name, array in tensors.items() if name in used})
 
 
-def _attribute(name: str, value: Any) -> ir.Attr:
+def attribute(name: str, value: Any) -> ir.Attr:
+    """An attribute as `Node` has it."""
     if isinstance(value, np.ndarray):
         return ir.AttrTensor(name, ir.tensor(value))
     if isinstance(value, (list, tuple)):

@@ -90,6 +90,23 @@ def by_level(
     return _repeat(first) + [matrix for *_, matrix in sorted(steps)]
 
 
+def blended(early: Sequence[float], late: Sequence[float], bytes_of: Sequence[float]) -> list[float]:
+    """What steps of different matrices gain where they are taken one after the other: `early` before all others, `late`
+    after them. A share of the bytes t into it, a step gains (1 - sqrt t) early + sqrt t late, and whichever gains most
+    for each byte comes next. Measured on Gemma 3 and Qwen2.5: early alone is best near the floor and worst beyond."""
+    left, gone, total = set(range(len(early))), 0.0, float(sum(bytes_of)) or 1.0
+    found, least = [0.0] * len(early), math.inf
+    while left:
+        share = math.sqrt(gone / total)
+        rates = {at: ((1 - share) * early[at] + share * late[at]) / bytes_of[at] for at in left}
+        best = max(left, key=lambda at: (rates[at], -at))
+        least = min(least, rates[best])  # who comes later never seems to gain more
+        found[best] = least * bytes_of[best]
+        gone += bytes_of[best]
+        left.remove(best)
+    return found
+
+
 def _falling(gain, matrix: int, counts: range, bytes_of: Counts) -> list[tuple[float, int, int]]:
     """A matrix's steps as runs (gain, bytes, steps) that fall in what they gain for each byte."""
     runs: list[tuple[float, int, int]] = []

@@ -135,6 +135,17 @@ def test_a_matrix_begins_with_what_loses_least_for_its_bytes(rivals, stops, kept
     assert worthwhile(stops, 800, rivals) == kept
 
 
+def test_steps_gain_what_they_gain_where_they_come():
+    sizes = [1, 1, 2, 1]
+    assert order.blended([4, 3, 4, 1], [4, 3, 4, 1], sizes) == [4, 3, 4, 1]
+    # The second gains most at once, and the fourth only once the others are there
+    early, late = [2, 5, 2, 0], [2, 1, 2, 4]
+    found = order.blended(early, late, sizes)
+    rates = [gain / size for gain, size in zip(found, sizes, strict=True)]
+    assert found[1] == 5 and rates[1] > rates[3] >= rates[2]
+    assert order.blended([], [], []) == []
+
+
 def test_a_shuffle_is_of_its_seed():
     assert order.shuffled([1, 1], [9, 9], 1) == order.shuffled([1, 1], [9, 9], 1) != order.shuffled([1, 1], [9, 9], 2)
 

@@ -173,12 +173,21 @@ def _student(recipe: SplitRecipe, rows: Rows, tail: Network) -> Student:
     return Student(encoder, channel, decoder, Network(tail.trained()), recipe.taps)
 
 
+def _key(student: Student, recipe: SplitRecipe, rows: Rows) -> str:
+    """Names checkpoints: with another recipe, network or pictures nothing is gone on with."""
+    found = hashlib.sha256(f"{recipe!r} {distil.digest(student)}".encode())
+    for name, array in sorted(rows.arrays.items()):
+        found.update(f"{name} {array.shape} {array.dtype}".encode())
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()[:12]
+
+
 def _teach(
     student: Student, recipe: SplitRecipe, rows: Rows, folder: Path, progress: Progress
 ) -> tuple[str, list[float]]:
     """Both stages; the digest of the encoder between them, which the second leaves as it is."""
     names, bits = (CUT, *recipe.taps), (0,) if recipe.beta else recipe.bits
-    key = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]  # of another recipe nothing is gone on with
+    key = _key(student, recipe, rows)
     schedule = Schedule(recipe.epochs, recipe.batch, recipe.rate, cosine=True, seed=recipe.seed)
     loss = distil.stage1(student, names=names, bits=bits, beta=recipe.beta)
     losses = distil.fit(student, student.stage(1), loss, rows, schedule, checkpoint=folder / f"{key}.1.pt",

@@ -106,12 +106,19 @@ def test_an_onnx_file_that_is_not_labelled(whole, data, tmp_path):
 def test_a_second_try_only_reads_what_is_done(whole, data, tmp_path):
     network = torch_module.network(whole, torch.zeros(2, 3, 16, 16))
     recipe = dataclasses.replace(SMALL, bits=(3,), epochs=1, tail_epochs=1)
-    digests = []
-    for _ in range(2):
-        report = train(network, *data, recipe, tmp_path, overwrite=True)
+    digests, trained = [], []
+
+    def files() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+
+    for rows in (data, data, (data[0][::-1].copy(), data[1][::-1].copy())):
+        before = files()
+        report = train(network, *rows, recipe, tmp_path, overwrite=True)
+        trained.append({name for name, when in files().items() if before.get(name) != when})
         with Bundle.open(report.edge) as edge:
             digests.append((edge.section("weights", "weights").sha256, report.encoder, report.losses))
-    assert digests[0] == digests[1]
+    assert digests[0] == digests[1] and not trained[1]
+    assert digests[2] != digests[0] and len(trained[2]) == 2 and not trained[0] & trained[2]  # other pictures
 
 
 def test_the_verb_splits_an_onnx_file_where_it_finds_a_cut(whole, data, tmp_path, capsys):

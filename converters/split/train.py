@@ -178,7 +178,7 @@ def _key(student: Student, recipe: SplitRecipe, rows: Rows) -> str:
     found = hashlib.sha256(f"{recipe!r} {distil.digest(student)}".encode())
     for name, array in sorted(rows.arrays.items()):
         found.update(f"{name} {array.shape} {array.dtype}".encode())
-        found.update(np.ascontiguousarray(array))
+        found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()[:12]
 
 

@@ -343,7 +343,8 @@ def _module(writer: Writer, layer: nn.Module, x: ir.Value, name: str) -> ir.Valu
             return writer.op("Flatten", x)
         case nn.Upsample(mode="nearest", scale_factor=float(factor)):
             scales = writer.weight(f"scales.{factor}", np.array([1, 1, factor, factor], np.float32))
-            return writer.op("Resize", x, None, scales, mode="nearest", nearest_mode="floor",
+            region = writer.weight("region", np.zeros(0, np.float32))  # without a use here, but before opset 13 needed
+            return writer.op("Resize", x, region, scales, mode="nearest", nearest_mode="floor",
                              coordinate_transformation_mode="asymmetric")  # fmt: skip
         case nn.ReplicationPad2d():
             left, right, top, bottom = layer.padding

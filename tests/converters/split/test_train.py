@@ -141,6 +141,20 @@ def test_the_verb_splits_an_onnx_file_where_it_finds_a_cut(whole, data, tmp_path
     assert Path(said["device"]).name == "toy.device.shoal" and Path(said["edge"]).exists()
 
 
+def test_the_verb_splits_a_classifier_from_elsewhere(ocr_folder, tmp_path, capsys):
+    """Of opset 11: what is written beside a network's own nodes is of its opset too."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 48, 192, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", images=images)
+    (tmp_path / "r.toml").write_text("[split]\nlatent = 4\nepochs = 1\ntail_epochs = 1\n")
+    words = ["--recipe", str(tmp_path / "r.toml"), "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path)]
+    (source,) = ocr_folder.glob("*cls*.onnx")
+    assert main(["convert", str(source), *words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    with Bundle.open(said["edge"]) as edge, opened(edge, "tail") as tail:
+        (latent,) = tail.inputs.values()
+        assert latent.dims[1] == 4
+
+
 def test_recipes_are_read_and_refused_by_the_field(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('[split]\ncut = "x"\nbits = [2, 4]\nbeta = 1\nmirror = true\n')

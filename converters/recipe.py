@@ -83,7 +83,7 @@ class Ladder:
     """The steps of a stacked matrix, of which a device has as many as it has memory for. The `first` are blocks of
     signs and factors, chosen together and always there. `rungs` are whole matrices, each in place of all before it (the
     first of them is always there where there are no first blocks); those that have no more bits than the first blocks
-    are left out, but where they have half the error or fewer bytes: there they come instead. Then come `blocks` on top.
+    are left out, but where they have half the error: there they come instead. Then come `blocks` on top.
     The factors' `rank` is 1, 2 or 4 by error per byte where it is 0. `sort` orders the steps of all matrices: by
     `proxy` (calibrated errors), `average` and `greedy` (measured perplexities, thousands of them), or `random`."""
 

@@ -125,7 +125,7 @@ def _devices(provider: str) -> list:
 def _listed(device) -> Listed:
     hardware, kind = device.device, str(device.device.type).rsplit(".", 1)[-1].lower()
     return Listed(
-        device.ep_name.split(".")[0], kind, device.ep_vendor or hardware.vendor, hardware.vendor_id,
+        device.ep_name.split(".")[0], kind, hardware.vendor or device.ep_vendor, hardware.vendor_id,
         hardware.device_id, dict(device.ep_metadata).get("version", ""),
         dict(hardware.metadata).get("is_virtual") == "1",
     )  # fmt: skip

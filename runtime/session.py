@@ -141,7 +141,7 @@ def _options_for(
     options = session_options(threads=threads, spinning=spinning)
     if any(place.prepared for place in places.values()):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if target is not None and target.whole:
+    if target is not None and target.whole and target.device.provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     for name, length in (dims or {}).items():
         options.add_free_dimension_override_by_name(name, length)

@@ -167,12 +167,13 @@ def _look(
         if chosen is not None and provider.module and importlib.util.find_spec(provider.module) is not None:
             wheel = provider.module
         else:
-            off = chosen is None and provider.module
-            why = f"${PLUGINS} is none" if off else f"{provider.package} is not installed"
-            if not provider.module:
-                why = f"this onnxruntime was built without {provider.ep}"
-            needs = f" It needs {provider.needs}."
-            return [], Absent(provider.name, why, f"pip install {provider.package}.{needs}")
+            needs = f"It needs {provider.needs}."
+            if chosen is None and provider.module:
+                return [], Absent(provider.name, f"${PLUGINS} is none", f"Unset it. {needs}")
+            why = f"this onnxruntime was built without {provider.ep}"
+            why = f"{provider.package} is not installed" if provider.module else why
+            install = f"pip install {provider.package}{'' if provider.module else ' in place of onnxruntime'}. "
+            return [], Absent(provider.name, why, (install if provider.package else "") + needs)
     asked = {kind: module.settings(provider.name, _of_kind(provider.ep, kind)) for kind in provider.kinds}
     try:
         found, library = probe.devices(provider.ep, wheel, library, asked, provider.kinds, seconds)

@@ -44,7 +44,7 @@ def supports(provider: str, operator: Operator) -> Verdict:
     if operator.op == "MultiHeadAttention" and any(operator.inputs[4:5]):
         why = "WebGPU's MultiHeadAttention stops at an input key_padding_mask"
         return Verdict(False, why, "Say the mask as attention_bias, or run it on the cpu", broken=True)
-    if operator.op in ("MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul"):
+    if operator.op in ("MatMulInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QLinearMatMul"):
         why = f"WebGPU has no {operator.op}: no integer matrices"
         return Verdict(False, why, "Convert to weights in integers with float activations (MatMulNBits)")
     if "float64" in operator.types:

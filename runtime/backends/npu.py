@@ -21,14 +21,14 @@ PROVIDERS = (
         "an Intel Core Ultra and its NPU driver",
     ),
     Provider(
-        "coreml", "CoreMLExecutionProvider", ("npu", ""), "onnxruntime", needs="macOS or iOS on Apple silicon"
+        "coreml", "CoreMLExecutionProvider", ("npu", ""), needs="macOS or iOS on Apple silicon"
     ),
 )  # fmt: skip
 # An emulator has no SoC to find: the Snapdragon 8 Gen 3's (SM8650) and its architecture. The first session's sticks for
 # the whole process, so it is one for all.
 EMULATED = {"htp_arch": "75", "soc_model": "57"}
 _X86 = ("x86_64", "AMD64", "i386", "i686")
-_CONTROL = ("If", "Loop", "Scan", "SequenceMap")
+_CONTROL = ("Loop", "Scan", "SequenceMap")
 # ONNX Runtime's own operators that QNN lacks, and what says the same in operators that it has
 _INSTEAD = {
     "MatMulInteger": "QuantizeLinear and DequantizeLinear around MatMul",

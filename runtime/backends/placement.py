@@ -85,7 +85,8 @@ class Placement:
         said = "fell back to the cpu, or are known to fail:" if broken else "fell back to the cpu:"
         error = BackendError(
             what if self.share < share else f"The {self.backend} takes nodes that fail there.",
-            "\n".join([f"Of {len(self.nodes)} nodes {len(self.fallen)} {said}", *lines]), f"Do what stands behind each, {less}or choose the backend cpu.",
+            "\n".join([f"Of {len(self.nodes)} nodes {len(self.fallen)} {said}", *lines]),
+            f"Do what stands behind each, {less}or choose the backend cpu.",
         )
         error.placement = self
         raise error
@@ -146,4 +147,3 @@ def check_required(require: Mapping[str, float]) -> None:
                 f"{backend}={share:g} cannot be required.", "It is a backend (npu or gpu) and a share from 0 to 1.",
                 "Write --require npu=0.9.",
             )  # fmt: skip
-

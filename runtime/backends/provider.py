@@ -23,7 +23,7 @@ class Provider:
     name: str
     ep: str
     kinds: tuple[str, ...]
-    package: str
+    package: str = ""
     module: str = ""
     needs: str = ""
 
@@ -49,7 +49,8 @@ class Device:
     def title(self) -> str:
         """One line about it."""
         version = f" {self.listed.version}" if self.listed.version else ""
-        return f"{self.listed.vendor} through {self.provider}{version}" + (
+        hardware = f"{self.listed.vendor} {self.listed.kind or self.backend}".strip()
+        return f"{hardware} through {self.provider}{version}" + (
             f", simulated by {self.simulated}" if self.simulated else ""
         )
 

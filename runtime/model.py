@@ -139,7 +139,7 @@ def load(
         if device is not None and card.task != "embed":
             raise BackendError(
                 f"{card.name} cannot run on the {device.backend} yet.",
-                f"{share:.0%} of its nodes and more can, but attention writes its keys and values where they lie, in the "
+                f"{share:.0%} of its nodes and more can, but attention writes keys and values where they lie, in the "
                 "cpu's memory.", "Load it with backend='cpu'.",
             )  # fmt: skip
         if tokenizer and card.task == "embed":

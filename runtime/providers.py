@@ -1,5 +1,5 @@
-"""The execution providers of ONNX Runtime: which it has, which plugin libraries were registered, what devices they list,
-and how a session is told to use one. Beside session.py the only file that asks the engine about them.
+"""The execution providers of ONNX Runtime: which it has, which plugin libraries were registered, what devices they
+list, and how a session is told to use one. Beside session.py the only file that asks the engine about them.
 
 Registering a library loads its code into this process, so backends/probe.py does that in a child first. Nothing is
 fetched: a library is a file that is there. This module knows nothing about backends, graphs or bundles.
@@ -16,7 +16,6 @@ import onnxruntime
 from .errors import BackendError, UsageError
 
 CPU = "CPUExecutionProvider"
-# onnxruntime answers with its own classes, RuntimeError and ValueError alike
 _REGISTERED: dict[str, str] = {}  # name -> library, of this process
 _LOCK = threading.Lock()
 

@@ -1,5 +1,5 @@
-"""Asking a backend's library in a process of its own, because it may die or hang: which devices it lists and whether they
-compute, and which nodes of a graph it takes.
+"""Asking a backend's library in a process of its own, because it may die or hang: which devices it lists and whether
+they compute, and which nodes of a graph it takes.
 
 `devices` and `survey` are the asking side; every question has a deadline, after which the child is killed. `main` is
 the child: one question on standard input, one answer (JSON) on what standard output was, which libraries write to as
@@ -23,7 +23,7 @@ from ..providers import Assigned, Listed
 
 SECONDS = 60.0  # for a library to load, list its devices and multiply once
 SURVEY_SECONDS = 300.0  # for a graph to be compiled
-_CHILD = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from {} import main; main()".format(__name__)
+_CHILD = f"import sys, json; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import main; main()"
 _LIMIT = 64 << 20  # bytes of an answer
 
 

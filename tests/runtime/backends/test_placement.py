@@ -12,7 +12,7 @@ QNN = "QNNExecutionProvider"
 LOG = [
     "Validation PASSED for 1 nodes in OrtNodeUnit (MatMul) :\n\tOperator type: MatMul Node name: mm Node index: 0\n",
     "Validation FAILED for 1 nodes in OrtNodeUnit (Det) :\n\tOperator type: Det Node name: a/det 1 Node index: 2\n"
-    "\tREASON : Operators of type `Det` are not supported by QNN EP.Det node `a/det 1` will not be assigned to QNN EP.\n",
+    "\tREASON : Operators of type `Det` are not supported by QNN EP.Det node `a/det 1` will not be assigned to it.\n",
     "Validation FAILED for 1 nodes in OrtNodeUnit (Relu) :\n\tOperator type: Relu Node name: r Node index: 5\n"
     "\tREASON : Cannot get shape\n",
     "webgpu kernel not found in registries for Op type: MatMulInteger node name: mmi",

@@ -29,7 +29,8 @@ def test_a_block_in_8_bits_runs_whole_and_agrees_within_two_steps(qnn, feed_forw
 def mixed(rows):
     """A product that QNN takes and a determinant that it does not."""
     rng = np.random.default_rng(1)
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="product"), helper.make_node("Det", ["s"], ["d"], name="volume")]  # fmt: skip
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    nodes = [product, helper.make_node("Det", ["s"], ["d"], name="volume")]
     ports = [value("x", [rows, 16]), value("s", [4, 4])], [value("y", [rows, 8]), value("d", [])]
     return build(nodes, *ports, {"w": rng.standard_normal((16, 8)).astype(np.float32)})
 

@@ -56,7 +56,8 @@ def _steps(graph, card, tables):
     """(step, logits) of a prompt of 8 tokens and 3 more, the cache growing by what each step gives."""
     past = np.zeros((1, card.kv_heads, 0, card.head_dim), np.float32)
     held = {f"past_{part}_{block}": past for block in card.span for part in ("key", "value")}
-    common = {f"{part}_{j}": array for j, pair in enumerate(tables) for part, array in zip(("cos", "sin"), pair, strict=True)}  # fmt: skip
+    common = {f"cos_{j}": cos for j, (cos, _) in enumerate(tables)}
+    common |= {f"sin_{j}": sin for j, (_, sin) in enumerate(tables)}
     done = 0
     for count in (8, 1, 1, 1):
         tokens = np.arange(done, done + count, dtype=np.int64)[None] * 7 + 3

@@ -55,7 +55,7 @@ class BackendError(ShoalError):
     nodes run, where that is what is wrong."""
 
     code = 7
-    placement = None
+    placement: object = None
 
 
 class ContextError(ShoalError):

@@ -56,13 +56,13 @@ class _Execution:
                 why = f"Cores {sorted(cores)} of this machine: {error}."
                 self._stop(UsageError(f"The {name} cannot be kept there.", why, "Name cores that the process may use."))
         while (index := self._next(name)) is not None:
-            error = None
+            failed: BaseException | None = None
             start = self._now()
             try:
                 self.work(index, name)
             except BaseException as raised:
-                error = raised
-            self._done(Run(index, name, start, self._now()), error)
+                failed = raised
+            self._done(Run(index, name, start, self._now()), failed)
 
     def wait(self) -> None:
         """Until all is done or something is wrong, which is raised."""

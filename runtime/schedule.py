@@ -126,13 +126,12 @@ class State:
     """
 
     tasks: Sequence[Task]
-    rule: Rule = None  # type: ignore[assignment]
+    rule: Rule
     strict: bool = False
     ready: set[int] = field(default_factory=set, init=False)
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rule = self.rule or layer_first
         self._unmet = [len(set(task.needs)) for task in self.tasks]
         self._followers: list[list[int]] = [[] for _ in self.tasks]
         for index, task in enumerate(self.tasks):

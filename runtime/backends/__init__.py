@@ -44,7 +44,7 @@ def discover(names: tuple[str, ...] = NAMES, seconds: float = probe.SECONDS) -> 
     chosen = plugins()
     asked = [(module, provider) for module in map(_module, names) for provider in module.PROVIDERS]
     with ThreadPoolExecutor(len(asked) or 1) as pool:
-        found = list(pool.map(lambda one: _look(*one, chosen, seconds), asked))
+        found = list(pool.map(lambda one: _look(one[0], one[1], chosen, seconds), asked))
     backends = []
     for name in names:
         here = [found for (module, _), found in zip(asked, found, strict=True) if module.NAME == name]

@@ -1,7 +1,8 @@
 """The npu backend: Qualcomm's Hexagon through QNN, Intel's through OpenVINO, Apple's Neural Engine through CoreML.
 
 On x86 QNN's library emulates the Hexagon's matrix processor (HTP), numerics of an architecture included: graphs can
-be compiled and checked there, at a thousandth of the speed. Rules here were measured with QNN 2.51 (onnxruntime-qnn 2.7.0).
+be compiled and checked there, at a thousandth of the speed. Rules here were measured with QNN 2.51 (onnxruntime-qnn
+2.7.0).
 """
 
 import platform

@@ -48,7 +48,8 @@ def chunked(sessions, tasks):
 def sessions():
     """`npu` and `cpu` of one thread each: a product; attention."""
     w = (np.random.default_rng(1).standard_normal((WIDTH, WIDTH)) / 8).astype(np.float32)
-    product = graph([helper.make_node("MatMul", ["x", "w"], ["y"])], [("x", [CHUNK, WIDTH])], [("y", [CHUNK, WIDTH])], {"w": w})  # fmt: skip
+    wide = [CHUNK, WIDTH]
+    product = graph([helper.make_node("MatMul", ["x", "w"], ["y"])], [("x", wide)], [("y", wide)], {"w": w})
     nodes = [helper.make_node("Transpose", ["kv"], ["t"]), helper.make_node("MatMul", ["q", "t"], ["s"])]
     nodes += [helper.make_node("Softmax", ["s"], ["p"]), helper.make_node("MatMul", ["p", "kv"], ["y"])]
     attention = graph(nodes, [("q", [CHUNK, WIDTH]), ("kv", ["t", WIDTH])], [("y", [CHUNK, WIDTH])])

@@ -120,7 +120,8 @@ def test_small_cases_against_brute_force():
         assert best >= lower_bound(tasks)
         keys = {index: rng.random() for index in range(len(tasks))}
         for name, schedule in {
-            "ours": simulate(tasks), "strict": simulate(tasks, strict=True), "chunks first": simulate(tasks, chunk_first),
+            "ours": simulate(tasks), "strict": simulate(tasks, strict=True),
+            "chunks first": simulate(tasks, chunk_first),
             "random": simulate(tasks, lambda state, index, keys=keys: (keys[index],)),
         }.items():  # fmt: skip
             check(schedule)
@@ -194,7 +195,7 @@ def test_nothing_to_do_takes_no_time():
 )
 def test_tasks_that_could_not_end_are_refused(task):
     with pytest.raises(UsageError, match=task.name):
-        State([Task("first", 0, 0, 0, {"cpu": 1}), task])
+        State([Task("first", 0, 0, 0, {"cpu": 1}), task], layer_first)
 
 
 def test_a_trace_shows_every_task_on_its_processor_s_line():

@@ -51,9 +51,11 @@ class BudgetError(ShoalError):
 
 
 class BackendError(ShoalError):
-    """An execution provider is absent, refused a graph or failed while running it."""
+    """An execution provider is absent, refused a graph or failed while running it. `placement` is where the graph's
+    nodes run, where that is what is wrong."""
 
     code = 7
+    placement: object = None
 
 
 class ContextError(ShoalError):

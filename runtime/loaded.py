@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import measure
+from .backends.placement import Placement
 from .bitstack.stack import Stack
 from .budget import Plan
 from .bundle import Bundle
@@ -27,6 +28,7 @@ class Parts:
     mapped: dict[str, str] = field(default_factory=dict)  # row name -> path of the mapped file
     added: dict[str, int] = field(default_factory=dict)  # row name -> anonymous bytes
     placement: dict[str, int] = field(default_factory=dict)  # execution provider -> nodes
+    placed: Placement | None = None  # every node, and of those that fell back why
     nodes: tuple = ()  # of the graph, where it is profiled
     products: list = field(default_factory=list)  # (place, offset, bytes) of the weights that our products read whole
     load_s: float = 0.0
@@ -60,6 +62,11 @@ class Loaded:
     def backend_nodes(self) -> dict[str, int]:
         """How many nodes of the graph each execution provider took."""
         return dict(self.parts.placement)
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where each node of the graph runs, and of those that are not on the chosen backend why."""
+        return self.parts.placed
 
     @property
     def stack(self) -> Stack | None:

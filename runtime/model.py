@@ -6,11 +6,12 @@ them, make the cache, and check that the file behind the mapping is still the on
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import budget, measure, onnx_wire, prepack, session
-from .backends import choose
+from . import backends, budget, measure, onnx_wire, prepack, session
+from .backends.placement import check_required
+from .backends.provider import Device
 from .bitstack.layout import Index, StackFormat
 from .bitstack.stack import Stack, read_index
 from .budget import Plan, Sizes
@@ -46,10 +47,13 @@ def load(
     path: str | Path, memory: int | str | None = None, backend: str = "auto", *, context: int | None = None,
     slots: int = 1, kv: str = "fp32", chunk: int | None = None, threads: int = 0, queue: int = 256,
     prepare: bool = True, kernels: str = "auto", profile: str | None = None, part: bool = False,
-    experts: ExpertOptions | None = None, progress: Progress = silent,
+    experts: ExpertOptions | None = None, require: Mapping[str, float] | None = None, progress: Progress = silent,
 ) -> LanguageModel | EmbeddingModel | Part:  # fmt: skip
     """Opens a bundle inside `memory` (bytes, "200MB", or None for no budget).
 
+    `backend` is where its graph runs: auto and cpu, gpu, npu, or one provider of these (npu:qnn). All of its nodes must
+    run there unless `require` asks for less, {"npu": 0.9}, which by itself chooses the npu. Other devices' own memory
+    is in no plan.
     `context` tokens and `slots` conversations at once decide the key-value cache, kept as `kv` (fp32, fp16 or int8);
     `chunk` is the most tokens of one prefill step; `threads` 0 takes every core; `queue` is how many requests may wait
     for a slot. `prepare` False skips the cache of repacked weights and pays for it in private memory; so does a cache
@@ -61,7 +65,8 @@ def load(
     Raises BundleError, BudgetError, BackendError, UsageError, and StorageError where the budget has no room for that.
     """
     started = time.perf_counter()
-    choose(backend)
+    device, share = _device(backend, require or {})
+    prepare, kernels = (prepare, kernels) if device is None else (False, "ort")
     if type(threads) is not int or not 0 <= threads <= 1024:
         raise UsageError(f"threads is {threads!r}.", "It must be from 0 to 1024.", "Correct it.")
     with contextlib.ExitStack() as undo:
@@ -112,7 +117,10 @@ def load(
                 parts.mapped["repacked weights"] = str(parts.prepared.path)
         progress(Event("load", detail=bundle.path.name))
         bundle.check_unchanged()
-        graph = undo.enter_context(session.open_graph(graph_bytes, places, threads=threads, profile=profile))
+        graph, parts.placed = backends.open_graph(
+            device, graph_bytes, places, share=share, threads=threads, profile=profile
+        )
+        undo.enter_context(graph)
         bundle.check_unchanged()
         parts.placement = graph.placement()
         opened = session.read(graph_bytes, places)
@@ -128,6 +136,12 @@ def load(
             parts.experts = undo.enter_context(Store(bundle, parts.plan.entries, experts or ExpertOptions()))
             handles["experts"] = parts.experts.handle
         made: LanguageModel | EmbeddingModel | Part
+        if device is not None and card.task != "embed":
+            raise BackendError(
+                f"{card.name} cannot run on the {device.backend} yet.",
+                f"{share:.0%} of its nodes and more can, but attention writes keys and values where they lie, in the "
+                "cpu's memory.", "Load it with backend='cpu'.",
+            )  # fmt: skip
         if tokenizer and card.task == "embed":
             made = EmbeddingModel(parts, tokenizer, graph)
         else:
@@ -156,6 +170,18 @@ def plan(
         sizes = _sizes(card, graph, places, prepare, ours, index)
         size = budget.parse_size(memory)
         return budget.plan(card, sizes, memory=size, context=context, slots=slots, kv=kv, chunk=chunk)
+
+
+def _device(backend: str, require: Mapping[str, float]) -> tuple[Device | None, float]:
+    """The device to run on, None for the CPU, and the share of the nodes that must. Raises UsageError, BackendError."""
+    check_required(require)
+    named, *more = [*require, ""]
+    if require and (len(more) > 1 or (backend != "auto" and backend.partition(":")[0] != named)):
+        raise UsageError(
+            f"{' and '.join(require)} cannot be required of {backend}.", "A graph runs on one device beside the CPU.",
+            "Require one, of the backend that is chosen.",
+        )  # fmt: skip
+    return backends.choose(named if require and backend == "auto" else backend), require.get(named, 1.0)
 
 
 def sizes(card: Card, graph: bytes, places: dict[str, session.Place]) -> Sizes:

@@ -11,22 +11,27 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from . import kernels, mapped, onnx_wire
+from . import kernels, mapped, onnx_wire, providers
+from .deadline import Late, Worker, within
 from .errors import BackendError, BundleError, ShoalError, StorageError, UsageError
 from .kernels.layout import PANEL
 from .mapped import ALWAYS, Mapped, Table
+from .providers import CPU, Assigned, Listed
 
-CPU = "CPUExecutionProvider"
+PATIENCE = 120.0  # seconds that another device than the CPU may take to open a graph, or to run it once
 LIBRARIES = [
     os.path.dirname(str(package.__file__)) for package in (onnxruntime, np, kernels)
 ]  # whose code a model runs
 _OPENING = threading.Lock()
+_LOST: list = []  # sessions whose device hangs: freeing them would hang as well
 _LINEAR, _ROWS = "QuantizedLinear", "QuantizedRows"
 _VECTOR = 256 << 10  # bytes of the longest weight that is a norm's or a bias
 _DTYPES = {
@@ -68,26 +73,33 @@ class Value:
     dims: tuple[int | str | None, ...]
 
 
-def open_graph(
-    graph: bytes, places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False, provider: str = CPU,
-    provider_options: Mapping[str, str] | None = None, whole: bool = False,
-    profile: str | None = None, repack: bool = True,
-) -> "Session":  # fmt: skip
-    """Opens ModelProto bytes whose external data is in `places`.
+@dataclass(frozen=True)
+class Target:
+    """Where else than on the CPU a graph is opened: a listed device, how its provider is set, and whether it must take
+    every node (`whole`) or may leave some to the CPU. `patience` is how many seconds opening, or one run, may take."""
 
-    `threads` (0: one a core) includes the caller's; with `spinning` they burn the time between two operators. `whole`
-    refuses a graph of which `provider` would leave nodes to the CPU. `profile` is
-    the prefix of a file of ORT's timings, written by close(). Without `repack` weights are used where they lie, which
-    saves a copy and is as fast only in fp32. Raises BundleError for a graph that is not one, and
-    BackendError where ORT or the provider cannot take it.
+    device: Listed
+    settings: Mapping[str, str]
+    whole: bool = True
+    patience: float = PATIENCE
+
+
+def open_graph(
+    graph: bytes, places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False,
+    target: Target | None = None, dims: Mapping[str, int] | None = None, repack: bool = True,
+    profile: str | None = None,
+) -> "Session":  # fmt: skip
+    """Opens ModelProto bytes whose external data is in `places`, on the CPU or on `target`.
+
+    `threads` (0: one a core) includes the caller's; with `spinning` they burn the time between two operators. `dims`
+    gives open dimensions a length, by their names: a device that knows static shapes only then takes the graph.
+    `profile` is the prefix of a file of ORT's timings, written by close(). Without `repack` weights are used where they
+    lie, which saves a copy and is as fast only in fp32. Raises BundleError for a graph that is not one, and
+    BackendError where ORT or the device cannot take it, is gone, or does not come back.
     """
     model = read(graph, places)
-    with door(f"The model's graph cannot be opened on {provider}.", opening=True):
-        options = session_options(threads=threads, spinning=spinning)
-        if any(place.prepared for place in places.values()):
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if whole and provider != CPU:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    with door(f"The model's graph cannot be opened on {target.device.provider if target else CPU}.", opening=True):
+        options = _options_for(places, threads=threads, spinning=spinning, target=target, dims=dims)
         if not repack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if profile is not None:
@@ -96,10 +108,44 @@ def open_graph(
         paths = {os.path.realpath(place.path) for place in places.values() if not place.prepared}
         with _OPENING:  # so that what is mapped meanwhile is this session's
             before = mapped.regions(paths)
-            session = start(locate(model, places), options, provider, provider_options)
+            located = locate(model, places)
+            if target is None:
+                session = start(located, options)
+            else:
+                with _in_time(target.device.provider, "open the graph", target.patience):
+                    session = within(target.patience, lambda: start(located, options, target), target.device.provider)
             weights = mapped.appeared(mapped.regions(paths), before, tables(model, places))
         weights.release()  # opening read every weight once, running reads few of those pages
-        return Session(session, provider, weights, profile=profile is not None)
+        return Session(session, target, weights, profile=profile is not None)
+
+
+def survey(
+    graph: bytes, places: Mapping[str, Place], target: Target, dims: Mapping[str, int] | None = None
+) -> tuple[list[Assigned], list[str]]:
+    """Where each node would run, were the graph opened on `target` with the rest left to the CPU, and what the engine
+    logged meanwhile. For a process of its own (backends/probe.py): nothing here has a deadline, and the device's code
+    may take the process with it."""
+    messages: list[str] = []
+    with door(f"The model's graph cannot be opened on {target.device.provider}.", opening=True):
+        options = _options_for(places, target=Target(target.device, target.settings, whole=False), dims=dims)
+        options.log_severity_level = 0
+        with providers.overheard(messages):
+            session = start(locate(read(graph, places), places), options, target)
+        return providers.assigned(session), messages
+
+
+def _options_for(
+    places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False, target: Target | None = None,
+    dims: Mapping[str, int] | None = None,
+) -> "onnxruntime.SessionOptions":  # fmt: skip
+    options = session_options(threads=threads, spinning=spinning)
+    if any(place.prepared for place in places.values()):
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if target is not None and target.whole and target.device.provider != CPU:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for name, length in (dims or {}).items():
+        options.add_free_dimension_override_by_name(name, length)
+    return options
 
 
 def tables(model: onnx_wire.Model, places: Mapping[str, Place]) -> dict[str, list[Table]]:
@@ -199,20 +245,12 @@ def session_options(*, threads: int = 0, spinning: bool = False) -> "onnxruntime
 
 
 def start(
-    graph: bytes | str,
-    options: "onnxruntime.SessionOptions",
-    provider: str = CPU,
-    provider_options: Mapping[str, str] | None = None,
+    graph: bytes | str, options: "onnxruntime.SessionOptions", target: Target | None = None
 ) -> "onnxruntime.InferenceSession":
     """A raw ORT session with the wrapper's own fallback off; for this package's two doors only."""
-    if provider not in onnxruntime.get_available_providers():
-        raise BackendError(
-            f"{provider} is not available.", f"ONNX Runtime has {', '.join(onnxruntime.get_available_providers())}.",
-            "Install the package that brings it, or choose another backend.",
-        )  # fmt: skip
-    providers = [(provider, dict(provider_options or {}))] + ([CPU] if provider != CPU else [])
+    chosen = providers.attach(options, target.device, target.settings) if target else [CPU]
     session = onnxruntime.InferenceSession(
-        graph, options, providers=providers, enable_fallback=0, read_config_from_model=0
+        graph, options, providers=chosen or None, enable_fallback=0, read_config_from_model=0
     )
     release_freed_memory()
     return session
@@ -221,11 +259,6 @@ def start(
 def versions() -> dict[str, str]:
     """Versions of what computes: ORT, how it was built, numpy."""
     return {"onnxruntime": onnxruntime.__version__, "build": onnxruntime.get_build_info(), "numpy": np.__version__}
-
-
-def providers() -> list[str]:
-    """Execution providers of the installed ORT."""
-    return list(onnxruntime.get_available_providers())
 
 
 def release_freed_memory() -> None:
@@ -241,14 +274,16 @@ class Session:
     def __init__(
         self,
         session: "onnxruntime.InferenceSession",
-        provider: str,
+        target: Target | None = None,
         weights: Mapped | None = None,
         profile: bool = False,
     ):
         self._session: onnxruntime.InferenceSession | None = session
         self._weights, self._profile = weights or Mapped(), profile
         self._closing = threading.Lock()
-        self.provider = provider
+        self._patience = target.patience if target else None
+        self.provider = target.device.provider if target else CPU
+        self._worker = Worker(self.provider) if target else None
         self.inputs = {value.name: value for value in map(_value, session.get_inputs())}
         self.outputs = {value.name: value for value in map(_value, session.get_outputs())}
 
@@ -259,25 +294,32 @@ class Session:
             raise UsageError(f"Input {missing[0]!r} is missing.", "The graph needs every input.", "Pass it.")
         arrays = {name: _checked(self.inputs, name, array) for name, array in feeds.items()}
         with door("The model could not be run."), self._reading(arrays):
-            return dict(zip(names, self._open().run(names, arrays), strict=True))
+            session = self._open()
+            return dict(zip(names, self._timed(lambda: session.run(names, arrays)), strict=True))
 
     def bind(self) -> "Binding":
         """A new set of buffers to run with; nothing is copied or allocated by a bound run."""
         return Binding(self)
 
+    def assigned(self) -> list[Assigned]:
+        """Each node and the execution provider that took it."""
+        with door("ONNX Runtime does not say where nodes run."):
+            return providers.assigned(self._open())
+
     def placement(self) -> dict[str, int]:
         """Execution provider -> how many nodes it took, fused ones counted as one."""
-        with door("ONNX Runtime does not say where nodes run."):
-            found: dict[str, int] = {}
-            for part in self._open().get_provider_graph_assignment_info():
-                found[part.ep_name] = found.get(part.ep_name, 0) + len(part.get_nodes())
-            return found
+        return dict(Counter(node.provider for node in self.assigned()))
 
     def close(self) -> None:
         """Frees the session and its threads; arrays stay. A second call does nothing."""
         with self._closing:
             self._weights.forget()
             session, self._session = self._session, None
+        if self._worker is not None:
+            if self._worker.lost:
+                _LOST.append(session)
+                return
+            self._worker.close()
         if session is not None and self._profile:
             session.end_profiling()
         del session
@@ -292,6 +334,13 @@ class Session:
         yield
         if self._weights.settle():
             release_freed_memory()
+
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        """What a run gives: on the CPU at once, on another device within its patience."""
+        if self._worker is None or self._patience is None:
+            return work()
+        with _in_time(self.provider, "run the graph", self._patience):
+            return self._worker.call(work, self._patience)
 
     def _open(self) -> "onnxruntime.InferenceSession":
         if self._session is None:
@@ -338,7 +387,7 @@ class Binding:
         session = self._owner._open()
         arrays = {name: array for (side, name), array in self._arrays.items() if side == "in"}
         with door("The model could not be run."), self._owner._reading(arrays):
-            session.run_with_iobinding(self._binding)
+            self._owner._timed(lambda: session.run_with_iobinding(self._binding))
 
 
 def _value(argument) -> Value:
@@ -368,6 +417,17 @@ def _checked(values: Mapping[str, Value], name: str, array: np.ndarray, exact: b
             raise UsageError(f"{name!r} is not C-contiguous.", "It is bound by address.", "Pass a contiguous array.")
         return np.ascontiguousarray(array)
     return array
+
+
+@contextlib.contextmanager
+def _in_time(provider: str, what: str, seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except Late as late:
+        raise BackendError(
+            f"{provider} did not {what} within {seconds:g} s.", f"{late}.",
+            "Its driver hangs: start the program again, without it (backend cpu) or with a newer driver.",
+        ) from None  # fmt: skip
 
 
 _EXPERT = re.compile(r"Expert \d+ of layer \d+ cannot be read: [^.]*\.")

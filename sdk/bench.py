@@ -143,6 +143,7 @@ def measure_model(
     `against` make further arms from threads= and context=; `loading` are memory, kv and chunk as `load` takes them.
     Raises UsageError, BudgetError and what loading raises.
     """
+    from shoal.runtime.backends import discover
     from shoal.runtime.model import load, plan
 
     if not tests or repetitions < 1 or (sustained_s is not None and not 0 < sustained_s < math.inf):
@@ -156,6 +157,7 @@ def measure_model(
     context = min(max(needed, 256), card.max_context)
     loading = {**loading, "context": context}
     plan(bundle, **loading)  # what cannot fit is refused before anything is started
+    devices = {device.name: device.title for found in discover() for device in found.devices}
     loading["threads"] = threads
     with contextlib.ExitStack() as stack:
         # They are started first: a missing package is told now, not after minutes
@@ -196,7 +198,7 @@ def measure_model(
             "planned_anonymous_bytes": model.plan.anonymous, "step_bytes": stream.bytes,
             "decode_gb_per_s": decode and decode.mean * stream.bytes / 1e9,
             "stream_read_gb_per_s": statistics.fmean(streamed) / 1e9 if streamed else None,
-            "backend_nodes": model.backend_nodes, "memory": memory,
+            "backend_nodes": model.backend_nodes, "devices": devices, "memory": memory,
             "plan": model.plan.to_dict(),
         }  # fmt: skip
         if sustained_s:

@@ -60,6 +60,7 @@ def _markdown(report: dict) -> str:
     facts = {
         "model": f"{report['model']}, {report['recipe']}, bundle {report['digest'][:12]}",
         "machine": f"{report['processor']}, {report['threads']} threads",
+        "devices": "; ".join(report["devices"].values()),
         "other processes": _beside(report["cores_of_others"]),
         "software": f"shoal {report['shoal']}, onnxruntime {report['onnxruntime']}",
         "first token": f"{report['time_to_first_token_s']:.3f} s",

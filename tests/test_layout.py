@@ -44,7 +44,7 @@ TRAINED = {
     *(f"converters/sources/{name}.py" for name in ("aten", "torch_module")),
 }
 NETWORK = {"http.client", "urllib.request", "starlette", "uvicorn", "httpx", "requests"}
-ENGINE_DOORS = {"runtime/session.py", "runtime/prepack.py"}
+ENGINE_DOORS = {"runtime/session.py", "runtime/prepack.py", "runtime/providers.py"}
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 IDS = [str(path.relative_to(ROOT)) for path in SOURCES]
 

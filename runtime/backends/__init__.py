@@ -1,41 +1,217 @@
-"""Where a graph may run: one file a backend, each an ONNX Runtime execution provider.
+"""Where a graph may run: one file a backend (npu, gpu, cpu), each by execution providers of ONNX Runtime.
 
-A backend's file has NAME, PROVIDERS (ORT's names, best first) and `absent(providers)`: why it cannot be used here, or
-"" where it can. Bundles today hold graphs for the CPU; asking for another backend is refused, never quietly ignored.
+A backend's file has NAME, PROVIDERS (the best first), `settings` and `simulated` of a device, and `supports`: what is
+known of an operator before a provider is asked. What asking costs (a library that may die or hang) is done in a child
+process (probe.py). Nothing falls back in silence: a graph that is opened here runs on its device, or at least as much
+of it as was asked for does, or BackendError says of every node why not. Plugin libraries are used where their wheel is
+installed or $SHOAL_PLUGINS names them; nothing is fetched.
 """
 
 import importlib
+import importlib.util
+import os
 import pkgutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+from .. import providers, session
 from ..errors import BackendError, UsageError
+from ..onnx_ports import ports
+from ..providers import CPU, Assigned
+from . import placement, probe
+from .placement import Placement
+from .provider import Absent, Device, Operator, Provider, Verdict
+
+PLUGINS = "SHOAL_PLUGINS"  # name=path pairs, as PATH joins them; "none" leaves installed wheels alone as well
+NAMES = ("npu", "gpu", "cpu")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`providers` are those that ORT offers here; `absent` says why there is none ("" where there is)."""
+    """What was found of a backend: its devices, those that are what they say before simulated ones, and of each
+    provider without one why."""
 
     name: str
-    providers: tuple[str, ...]
-    absent: str
+    devices: tuple[Device, ...]
+    absent: tuple[Absent, ...]
 
 
-def discover(offered: list[str]) -> list[Backend]:
-    """Every backend that shoal knows, given the providers that ORT offers."""
-    found = []
-    for info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):
-        module = importlib.import_module(f".{info.name}", __name__)
-        providers = tuple(name for name in module.PROVIDERS if name in offered)
-        found.append(Backend(module.NAME, providers, "" if providers else module.absent(offered)))
+def discover(names: tuple[str, ...] = NAMES, seconds: float = probe.SECONDS) -> list[Backend]:
+    """Looks for the devices of these backends, all providers at once, each at most `seconds`. A library that dies or
+    hangs is a provider without a device. Raises UsageError for a $SHOAL_PLUGINS that is none."""
+    chosen = plugins()
+    asked = [(module, provider) for module in map(_module, names) for provider in module.PROVIDERS]
+    with ThreadPoolExecutor(len(asked) or 1) as pool:
+        found = list(pool.map(lambda one: _look(one[0], one[1], chosen, seconds), asked))
+    backends = []
+    for name in names:
+        here = [found for (module, _), found in zip(asked, found, strict=True) if module.NAME == name]
+        devices = [device for devices, _ in here for device in devices]
+        devices.sort(key=lambda device: bool(device.simulated))
+        backends.append(Backend(name, tuple(devices), tuple(absent for _, absent in here if absent)))
+    return backends
+
+
+def choose(name: str, seconds: float = probe.SECONDS) -> Device | None:
+    """The device for `name`: auto, cpu (None), gpu, npu, or one provider's, as npu:qnn.
+
+    A simulated device is taken only where its provider is named. Raises UsageError for another word, BackendError
+    where there is no device, which says what each provider lacks.
+    """
+    backend, _, provider = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if name in ("auto", "cpu"):
+        return None
+    known = [one.name for one in _module(backend).PROVIDERS] if backend in NAMES else []
+    if not known or backend == "cpu" or (":" in name and provider not in known):
+        why = f"Of {backend} there is {', '.join(known)}." if known else "It is one of auto, cpu, gpu and npu."
+        raise UsageError(f"There is no backend {name!r:.60}.", why, "Name one, or a provider with it: npu:qnn.")
+    (found,) = discover((backend,), seconds)
+    devices = [device for device in found.devices if provider in ("", device.provider)]
+    absent = [one for one in found.absent if provider in ("", one.provider)]
+    if devices and (provider or not devices[0].simulated):
+        return devices[0]
+    if devices:
+        raise BackendError(
+            f"The only {backend} here is simulated: {devices[0].title}.",
+            "It gives a device's numbers, hundreds of times slower.", f"Name it to use it: {devices[0].name}.",
+        )  # fmt: skip
+    raise BackendError(
+        f"There is no {name} here.", "; ".join(f"{one.provider}: {one.why}" for one in absent) + ".",
+        " Or: ".join(one.fix for one in absent),
+    )  # fmt: skip
+
+
+def supports(device: Device | str, operator: Operator) -> Verdict:
+    """What is known of an operator on a device, or on a provider by its name (npu:qnn), without asking it: a rule's yes
+    or no, or None where only `survey` can tell. Pure."""
+    backend, _, provider = (device if isinstance(device, str) else device.name).partition(":")
+    return _module(backend).supports(provider, operator)
+
+
+def survey(
+    device: Device, graph: bytes, places: Mapping[str, session.Place], dims: Mapping[str, int] | None = None,
+    seconds: float = probe.SURVEY_SECONDS,
+) -> Placement:  # fmt: skip
+    """Which nodes of a graph `device` takes, and why not the others, by its provider's own word; in a child process,
+    within `seconds`. The arguments are those of session.open_graph. Raises BackendError where the provider refuses the
+    graph as a whole, dies of it or hangs."""
+    assigned, messages = probe.survey(graph, places, device.listed, device.library, device.settings, dims, seconds)
+    return _placed(device, graph, places, dims, assigned, messages)
+
+
+def open_graph(
+    device: Device | None, graph: bytes, places: Mapping[str, session.Place], *, share: float = 1.0,
+    dims: Mapping[str, int] | None = None, threads: int = 0, patience: float = session.PATIENCE,
+    profile: str | None = None,
+) -> tuple[session.Session, Placement]:  # fmt: skip
+    """Opens a graph on `device` (None: the CPU), of which at least `share` of the nodes must run there: with 1, the
+    default, the engine's fallback is off altogether.
+
+    It is surveyed in a child first, so that a library which dies of it does not take this process along. Opening, and
+    then each run, must come back within `patience` seconds. Raises BackendError, with `placement` where nodes fell
+    back, and BundleError for a graph that is not one.
+    """
+    if device is None:
+        opened = session.open_graph(graph, places, dims=dims, threads=threads, profile=profile)
+        cpu = Device("cpu", "onnxruntime", providers.listed(CPU)[0])
+        return opened, _placed(cpu, graph, places, dims, opened.assigned(), [])
+    before = survey(device, graph, places, dims, max(patience, 1.0))
+    before.check(share)
+    if device.library:
+        providers.register(device.listed.provider, device.library)
+    target = session.Target(device.listed, device.settings, share >= 1, patience)
+    opened = session.open_graph(graph, places, threads=threads, target=target, dims=dims, profile=profile)
+    try:
+        # What counts is this session, not the rehearsal; reasons are the rehearsal's
+        said = {(node.op, node.domain, node.name): node for node in before.nodes}
+        nodes = tuple(
+            said.get((one.op, one.domain, one.name), None) or placement.Node(one.name, one.op, one.domain, one.provider)
+            for one in opened.assigned()
+        )
+        found = Placement(device.backend, device.listed.provider, nodes)
+        found.check(share)
+    except BaseException:
+        opened.close()
+        raise
+    return opened, found
+
+
+def plugins() -> dict[str, str] | None:
+    """$SHOAL_PLUGINS as provider -> library; None for "none". Raises UsageError."""
+    text = os.environ.get(PLUGINS, "").strip()
+    if text == "none":
+        return None
+    known = {one.name for name in NAMES for one in _module(name).PROVIDERS if one.module}
+    found = {}
+    for word in filter(None, text.split(os.pathsep)):
+        name, _, path = word.partition("=")
+        if name not in known or not path:
+            why = f"{word!r:.80} is not NAME=LIBRARY, where NAME is one of {', '.join(sorted(known))}."
+            raise UsageError(f"${PLUGINS} cannot be used.", why, f"Write {PLUGINS}=qnn=/path/to/library, or none.")
+        found[name] = path
     return found
 
 
-def choose(name: str) -> str:
-    """The backend for `name` (auto, cpu, gpu, npu). Raises UsageError for another word, BackendError where none can."""
-    if name in ("auto", "cpu"):
-        return "cpu"
-    if name not in ("gpu", "npu"):
-        raise UsageError(f"There is no backend {name!r}.", "It is one of auto, cpu, gpu and npu.", "Name one.")
-    raise BackendError(
-        f"This bundle cannot run on the {name}.", "Its graphs are for the CPU.", "Load with backend='cpu' or 'auto'."
-    )
+def _look(
+    module, provider: Provider, chosen: Mapping[str, str] | None, seconds: float
+) -> tuple[list[Device], Absent | None]:
+    """The devices of a provider, or why there is none."""
+    if provider.ep == CPU:
+        return [Device(module.NAME, provider.name, providers.listed(CPU)[0])], None
+    library, wheel = (chosen or {}).get(provider.name, "") or providers.registered(provider.ep), ""
+    if library and not Path(library).is_file():
+        return [], Absent(provider.name, f"${PLUGINS} names {library}, which is no file", "Correct the path.")
+    if not library and provider.ep not in providers.offered():
+        if chosen is not None and provider.module and importlib.util.find_spec(provider.module) is not None:
+            wheel = provider.module
+        else:
+            needs = f"It needs {provider.needs}."
+            if chosen is None and provider.module:
+                return [], Absent(provider.name, f"${PLUGINS} is none", f"Unset it. {needs}")
+            why = f"this onnxruntime was built without {provider.ep}"
+            why = f"{provider.package} is not installed" if provider.module else why
+            install = f"pip install {provider.package}{'' if provider.module else ' in place of onnxruntime'}. "
+            return [], Absent(provider.name, why, (install if provider.package else "") + needs)
+    asked = {kind: module.settings(provider.name, _of_kind(provider.ep, kind)) for kind in provider.kinds}
+    try:
+        found, library = probe.devices(provider.ep, wheel, library, asked, provider.kinds, seconds)
+    except BackendError as error:
+        return [], Absent(provider.name, f"{error.what} {error.why}".rstrip("."), error.fix)
+    devices, faults = [], []
+    for kind in provider.kinds:
+        for listed, fault in found:
+            if listed.kind == kind and fault:
+                faults.append(fault)
+            elif listed.kind == kind:
+                said, simulated = module.settings(provider.name, listed), module.simulated(provider.name, listed)
+                devices.append(Device(module.NAME, provider.name, listed, said, simulated, library))
+        if devices:  # a worse kind is what stands in for a better one
+            break
+    if devices:
+        return devices, None
+    why = f"its device does not work: {faults[0]}" if faults else "its library finds no device on this machine"
+    return [], Absent(provider.name, why, f"It needs {provider.needs}.")
+
+
+def _of_kind(ep: str, kind: str) -> providers.Listed:
+    return providers.Listed(ep, kind, "", 0, 0, "")
+
+
+def _placed(device: Device, graph: bytes, places, dims, assigned: list[Assigned], messages: list[str]) -> Placement:
+    model = session.read(graph, places)
+    given = {dim for port in ports(model)[0] for dim in port.dims if not isinstance(dim, int)}
+    static = not given - set(dims or {})
+    inputs = {(node.op, node.name): node.inputs for node in model.nodes}
+
+    def judge(node: Assigned) -> Verdict:
+        return supports(device, Operator(node.op, node.domain, inputs.get((node.op, node.name), ()), static))
+
+    return placement.place(device.backend, device.listed.provider, assigned, messages, judge)
+
+
+def _module(name: str):
+    if name not in (info.name for info in pkgutil.iter_modules(__path__)):
+        raise UsageError(f"There is no backend {name!r:.60}.", f"There are {', '.join(NAMES)}.", "Name one.")
+    return importlib.import_module(f".{name}", __name__)

@@ -191,17 +191,24 @@ def kernels() -> Check:
 
 
 def backends() -> list[Check]:
-    """Each backend that shoal knows, by the execution providers of the installed ONNX Runtime."""
+    """Each backend that shoal knows, with its devices or what each of its providers lacks."""
     from shoal.runtime.backends import discover
+    from shoal.runtime.errors import ShoalError
 
-    code = "import onnxruntime as o; print(*o.get_available_providers(), *(d.ep_name for d in o.get_ep_devices()))"
-    offered, failure = try_python(code)
+    _, failure = try_python("import onnxruntime")
     if failure:
         return [Check("backends", "bad", failure, "pip install --force-reinstall onnxruntime")]
+    try:
+        found = discover(seconds=DEADLINE_SECONDS)
+    except ShoalError as error:
+        return [Check("backends", "warn", f"{error.what} {error.why}", error.fix)]
     return [
-        Check(f"backend {found.name}", "absent" if found.absent else "ok", found.absent or ", ".join(found.providers))
-        for found in discover(sorted(set(offered.split())))
-    ]
+        Check(
+            f"backend {one.name}", "ok" if one.devices else "absent",
+            "; ".join([device.title for device in one.devices] or [f"{gap.provider}: {gap.why}" for gap in one.absent]),
+        )
+        for one in found
+    ]  # fmt: skip
 
 
 def try_python(code: str, deadline: float = DEADLINE_SECONDS) -> tuple[str, str]:

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampling(parser)
     options.add_loading(parser, slots=False)
     options.add_threads(parser)
+    options.add_backend(parser)
     options.add_json(parser)
 
 
@@ -30,7 +31,10 @@ def run(arguments: argparse.Namespace, show) -> int:
     if arguments.raw and arguments.system is not None:
         raise UsageError("--raw and --system were both given.", "Raw text has no system message.", "Give one of them.")
     keywords = options.sampling(arguments) | {"raw": arguments.raw}
-    with load(arguments.bundle, progress=show.progress, **options.loading(arguments)) as model:
+    where = options.backend(arguments)
+    with load(arguments.bundle, progress=show.progress, **options.loading(arguments), **where) as model:
+        if where:
+            show.note(", ".join(f"{count} nodes on {name}" for name, count in model.backend_nodes.items()))
         options.follow(model, arguments)
         if model.card.task == "embed":
             return _embed(model, prompt, show)

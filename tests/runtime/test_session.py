@@ -1,18 +1,21 @@
 """ORT through its one door: weights stay where they are, buffers are bound in place, every failure is a ShoalError."""
 
+import dataclasses
 import gc
 import os
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from shoal.runtime import measure, session
+from shoal.runtime import measure, providers, session
 from shoal.runtime.errors import BackendError, BundleError, UsageError
 from shoal.runtime.mapped import without
-from shoal.runtime.session import Place, open_graph
+from shoal.runtime.providers import Listed
+from shoal.runtime.session import Place, Target, open_graph
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 TOKENS = np.array([3, 0, 63, 3])
@@ -210,8 +213,10 @@ def test_failures_are_ours_and_quiet(small, tmp_path, capfd):
     gone = {"weights": Place(str(tmp_path / "absent"), 0, small.size)}
     with pytest.raises(BundleError):
         open_graph(small.graph, gone)
-    with pytest.raises(BackendError, match="not available"):
-        open_graph(small.graph, small.places, provider="NoSuchExecutionProvider")
+    for kind in ("", "npu"):  # built in, or of a plugin
+        absent = Listed("NoSuchExecutionProvider", kind, "", 0, 0, "")
+        with pytest.raises(BackendError, match="is gone"):
+            open_graph(small.graph, small.places, target=Target(absent, {}))
     graph = open_graph(small.graph, small.places)
     with pytest.raises(BackendError):
         graph.run({"tokens": np.array([64])})  # outside the embedding
@@ -261,4 +266,50 @@ def test_a_profile_is_written(small, tmp_path):
 
 def test_versions_name_what_computes():
     assert set(session.versions()) == {"onnxruntime", "build", "numpy"}
-    assert session.CPU in session.providers()
+    assert session.CPU in providers.offered()
+
+
+@pytest.fixture
+def target():
+    """The CPU as another device would be: listed, attached by its list, run in a thread of its own."""
+    return Target(providers.listed(session.CPU)[0], {}, patience=60.0)
+
+
+def test_another_device_runs_a_graph_as_the_cpu_does(small, target):
+    with open_graph(small.graph, small.places) as graph, open_graph(small.graph, small.places, target=target) as other:
+        np.testing.assert_array_equal(other.run({"tokens": TOKENS})["y"], graph.run({"tokens": TOKENS})["y"])
+        assert {node.provider for node in other.assigned()} == {session.CPU}
+        y, buffers = np.zeros((len(TOKENS), 16), np.float32), other.bind()
+        buffers.input("tokens", TOKENS)
+        buffers.output("y", y)
+        buffers.run()
+        np.testing.assert_array_equal(y, graph.run({"tokens": TOKENS})["y"])
+
+
+def test_a_device_that_hangs_is_given_up(small, target, monkeypatch):
+    go = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "start", lambda *given: go.wait(60))
+        with pytest.raises(BackendError, match="did not open the graph within 0.05 s"):
+            open_graph(small.graph, small.places, target=dataclasses.replace(target, patience=0.05))
+    graph = open_graph(small.graph, small.places, target=dataclasses.replace(target, patience=0.05))
+    inner = graph._session
+    graph._session = SimpleNamespace(run=lambda *given: go.wait(60))  # a driver that does not answer
+    for _ in range(2):  # the second call does not wait again
+        with pytest.raises(BackendError, match="did not run the graph"):
+            graph.run({"tokens": TOKENS})
+    graph.close()
+    go.set()
+    del inner
+
+
+def test_open_dimensions_can_be_given_a_length(small):
+    with open_graph(small.graph, small.places, dims={"n": 4}) as graph:
+        assert [value.dims[0] for value in (*graph.inputs.values(), *graph.outputs.values())] == [4, 4]
+
+
+def test_a_survey_is_what_opening_would_do(small, target):
+    assigned, messages = session.survey(small.graph, small.places, target)
+    with open_graph(small.graph, small.places) as graph:
+        assert assigned == graph.assigned()
+    assert any("Node placements" in message for message in messages)

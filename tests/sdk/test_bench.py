@@ -24,6 +24,7 @@ PROMISED = {
     "peak_anonymous_bytes",
     "load_s",
     "backend_nodes",
+    "devices",
 }
 
 

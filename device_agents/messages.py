@@ -244,8 +244,8 @@ class Inferred:
 @message(22)
 @dataclass(frozen=True)
 class InferCoded:
-    """Runs a tail on latents that the codec of `mode` wrote. Body: that message, `length` bytes. Answered with Inferred,
-    whose compute_ms then has the decoding in it."""
+    """Runs a tail on latents that the codec of `mode` wrote. Body: that message, of `length` bytes. Answered with
+    Inferred, whose compute_ms then has the decoding in it."""
 
     tail: str
     mode: int = 0

@@ -82,9 +82,7 @@ class Remote:
         message, body = _request(agreed.tail, mode, tables, sent, max(1, math.floor(1000 * seconds)))
         self._under_way += 1
         try:
-            call = connection.request(
-                message, priority=Priority.LATENT, timeout=seconds, body=body, deadline=seconds
-            )
+            call = connection.request(message, priority=Priority.LATENT, timeout=seconds, body=body, deadline=seconds)
             async with call:
                 answer = await call.reply(seconds)
                 if not isinstance(answer, messages.Inferred):

@@ -224,13 +224,14 @@ def _opened(network: Graph) -> Graph:
             ]
     inputs = tuple(replace(port, dims=(None, *port.dims[1:])) for port in network.inputs)
     free = tidy(replace(network, nodes=tuple(nodes), inputs=inputs, tensors=tensors))
-    if all(isinstance(dim, int) for port in inputs for dim in port.dims[1:]) and (why := _joined(free)):
+    if all(isinstance(dim, int) for port in inputs for dim in port.dims[1:]) and (why := _joined(free, batch)):
         raise ConvertError("The ONNX network cannot be used.", why, "Export it with a dynamic first axis.")
     return free
 
 
-def _joined(network: Graph) -> str:
-    """Why a batch of two rows is not what the rows are alone, "" where it is."""
+def _joined(network: Graph, batch: int | str | None) -> str:
+    """Why a batch of two rows is not what the rows are alone, "" where it is. `batch` is what an exporter fixed."""
+    undone = f"It was exported for batches of {batch}, which cannot be undone"
     rng = np.random.default_rng(0)
     feeds = {p.name: rng.random((2, *p.dims[1:]), np.float32).astype(p.dtype) for p in network.inputs}  # type: ignore
     try:
@@ -239,17 +240,17 @@ def _joined(network: Graph) -> str:
             try:
                 both = session.run(feeds)
             except ShoalError as error:
-                return f"It was exported for a fixed batch, which cannot be undone: {error.why}"
+                return f"{undone}: {error.why}"
         for name, array in both.items():
             rows = np.concatenate([one[name] for one in alone])
             scale = float(np.abs(rows).max(initial=0)) or 1.0
             close = rows.shape == array.shape and np.allclose(rows, array, 0, _TOLERANCE * scale, equal_nan=True)
             if not close:
-                return f"Of its output {name!r:.80} a row depends on the other rows, or it has none for each."
+                return f"{undone}: of its output {name!r:.80} a row hangs on the others."
     except ShoalError as error:
         return f"ONNX Runtime cannot run it: {error.why}"
     except ValueError as error:  # outputs of other shapes than rows
-        return f"It was exported for a fixed batch, which cannot be undone: {_short(error)}"
+        return f"{undone}: {_short(error)}"
     return ""
 
 

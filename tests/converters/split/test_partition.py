@@ -1,6 +1,5 @@
 """An uncut network in two where the minimum cut says, with as many values as cross there, up to a paired device."""
 
-import asyncio
 import sys
 from pathlib import Path
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from shoal.runtime.errors import BackendError, BundleError, BusyError, LinkError, ShoalError, TrustError, UsageError
+from shoal.runtime.split.link import Reply, late
 
 from . import discovery, endpoint, messages
 from .app_server import AppServer
@@ -168,16 +169,18 @@ class Agent:
         began = time.monotonic()
         local = self.models.find(model)
         until = began + deadline
-        failure: ShoalError = LinkError("There is no link to the edge.", self.trouble or "It comes.", "Try again.")
+        failure: ShoalError = self._no_link()
         if self.connection is not None:
             latest = until - self._remote.spare(local, deadline)
             try:
                 async with asyncio.timeout(max(0.0, latest - began)):
-                    feeds = tensors
+                    sent: Mapping[str, np.ndarray] | bytes = tensors
+                    mode = self._remote.mode()
                     if local is not None and "head" in local.roles:
-                        feeds = await asyncio.to_thread(local.prepare, tensors)
-                    outputs = await self._remote.ask(self.connection, feeds, latest - time.monotonic(), local)
-                return Answer(outputs, "edge", time.monotonic() - began)
+                        sent = await asyncio.to_thread(local.prepare, tensors, mode)
+                    left = latest - time.monotonic()
+                    reply = await self._remote.ask(self.connection, sent, left, local, mode)
+                return Answer(reply.outputs, "edge", time.monotonic() - began)
             except TimeoutError:
                 failure = LinkError("The edge did not answer in time.", f"{deadline:g} s were given.", "Allow more.")
                 self._remote.late()
@@ -195,6 +198,34 @@ class Agent:
             await self._blame(local, error)
             raise
         return Answer(outputs, "local", time.monotonic() - began, failure.why)
+
+    async def ask(self, message: bytes, mode: int, deadline: float, model: str = "") -> Reply:
+        """The edge's answer to a latent of `model` that the codec of `mode` wrote.
+
+        Raises LinkError where there is no link and where the edge makes nothing of it, BusyError where it does not
+        answer within `deadline` seconds or is not asked, UsageError where this device has no such model.
+        """
+        local = self.models.find(model)
+        if local is None:
+            why = f"It has {', '.join(sorted(self.models.open)) or 'none'}."
+            raise UsageError(f"This device has no model {model!r:.80}.", why, "Start its agent with --model.")
+        if self.connection is None:
+            raise self._no_link()
+        until = time.monotonic() + deadline
+        try:
+            async with asyncio.timeout(deadline):
+                return await self._remote.ask(self.connection, message, deadline, local, mode, patient=False)
+        except (TimeoutError, LinkError):  # a call of its own that ends with the deadline is late, not lost
+            if time.monotonic() < until - 0.005:
+                raise
+            raise late(deadline) from None
+
+    def modes(self) -> tuple[int, ...]:
+        """Those that are agreed with the edge now."""
+        return self._remote.agreement.modes if self._remote.agreement is not None else ()
+
+    def _no_link(self) -> LinkError:
+        return LinkError("There is no link to the edge.", self.trouble or "It comes.", "Try again.")
 
     async def generate(self, text: str, model: str = "", **options: Any) -> AsyncGenerator[Piece, None]:
         """The answer to `text`, piece by piece; options as of App.generate."""

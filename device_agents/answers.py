@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from .devices import Device
 from .figures import Timings
 from .negotiate import Offer, Renegotiation, Terms, negotiate
 from .store import Store
-from .tails import LateError, Tails
+from .tails import Answer, LateError, Tail, Tails
 
 if TYPE_CHECKING:
     from .language import Language
@@ -110,28 +111,57 @@ class Answers:
         device.health = call.message
 
     async def _infer(self, device: Device, call: Call) -> None:
-        loop = asyncio.get_running_loop()
-        began, asked = loop.time(), call.message
-        deadline = began + asked.deadline_ms / 1000 if asked.deadline_ms > 0 else None
-        known = self.models.get(asked.tail)
-        if known is not None and asked.tables and asked.tables != known.tables:
-            why = "The latents were coded with other tables than its own."
-            raise UsageError("The tail cannot read these latents.", why, "State what the device has, and agree anew.")
-        with self._counted(device), self.tails.admit(device.peer.fingerprint, deadline) as slot:
+        asked, began = call.message, asyncio.get_running_loop().time()
+        if asked.tables:
+            self._same_tables(asked)
+        with self._counted(device), self.tails.admit(device.peer.fingerprint, _due(asked, began)) as slot:
             tail = await slot.open(asked.tail)
             layout = tail.layout(asked.names, asked.dtypes, [shape.dims for shape in asked.shapes])
             slot.reserve(layout.nbytes)
-            body = await call.read(layout.nbytes)
-            device.transferred(len(body), loop.time() - began)
-            device.mode = asked.mode
-            found = await slot.run(layout, layout.read(body))
-            said = messages.Inferred(
-                tuple(found.outputs), tuple(array.dtype.name for array in found.outputs.values()),
-                tuple(messages.Shape(array.shape) for array in found.outputs.values()),
-                queue_ms=1000 * found.queued, compute_ms=1000 * found.computed, batch=found.batch,
-                where=f"{self.name} by {tail.where}" if tail.where else self.name,
-            )  # fmt: skip
-            await call.answer(said, b"".join(_raw(array) for array in found.outputs.values()))
+            body = await self._body(device, call, layout.nbytes, began)
+            await self._inferred(call, tail, await slot.run(layout, layout.read(body)))
+
+    async def _infer_coded(self, device: Device, call: Call) -> None:
+        loop = asyncio.get_running_loop()
+        asked, began = call.message, loop.time()
+        self._same_tables(asked)
+        with self._counted(device), self.tails.admit(device.peer.fingerprint, _due(asked, began)) as slot:
+            tail, most = await slot.open(asked.tail), self.tails.waiting.max_batch
+            codec = tail.codec(asked.mode)
+            if not 0 < asked.length <= codec.longest(most):
+                why = f"It has {asked.length:,} bytes; {most} latents take {codec.longest(most):,} at most."
+                raise UsageError("The message does not fit the tail.", why, "Send fewer images at once.")
+            slot.reserve(asked.length)
+            body = await self._body(device, call, asked.length, began)
+            layout = tail.coded(codec, codec.count(body, most))
+            slot.reserve(layout.nbytes)
+            came = loop.time()
+            latents = await asyncio.to_thread(codec.decode, body, layout.rows)
+            decoded = loop.time() - came
+            found = await slot.run(layout, {layout.arrays[0][0]: latents})
+            await self._inferred(call, tail, replace(found, computed=found.computed + decoded))
+
+    def _same_tables(self, asked: messages.Infer | messages.InferCoded) -> None:
+        """Raises UsageError where a device codes with other tables than the tail's."""
+        known = self.models.get(asked.tail)
+        if known is not None and asked.tables != known.tables:
+            why = "The latents were coded with other tables than its own."
+            raise UsageError("The tail cannot read these latents.", why, "State what the device has, and agree anew.")
+
+    async def _body(self, device: Device, call: Call, length: int, began: float) -> bytes:
+        body = await call.read(length)
+        device.transferred(len(body), asyncio.get_running_loop().time() - began)
+        device.mode = call.message.mode
+        return body
+
+    async def _inferred(self, call: Call, tail: Tail, found: Answer) -> None:
+        said = messages.Inferred(
+            tuple(found.outputs), tuple(array.dtype.name for array in found.outputs.values()),
+            tuple(messages.Shape(array.shape) for array in found.outputs.values()),
+            queue_ms=1000 * found.queued, compute_ms=1000 * found.computed, batch=found.batch,
+            where=f"{self.name} by {tail.where}" if tail.where else self.name,
+        )  # fmt: skip
+        await call.answer(said, b"".join(_raw(array) for array in found.outputs.values()))
 
     async def _fetch(self, device: Device, call: Call) -> None:
         asked: messages.Fetch = call.message
@@ -229,11 +259,17 @@ _KINDS: dict[type, tuple[str, _Method]] = {
     messages.Health: ("", Answers._health),
     messages.ListModels: ("", Answers._list),
     messages.Infer: ("infer", Answers._infer),
+    messages.InferCoded: ("infer", Answers._infer_coded),
     messages.Fetch: ("", Answers._fetch),
     messages.Updates: ("update", Answers._updates),
     messages.Generate: ("infer", Answers._continue_language),
     messages.Continue: ("infer", Answers._continue_language),
 }
+
+
+def _due(asked: messages.Infer | messages.InferCoded, began: float) -> float | None:
+    """Until when an answer is of use."""
+    return began + asked.deadline_ms / 1000 if asked.deadline_ms > 0 else None
 
 
 def _raw(array: np.ndarray) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shoal.runtime.errors import BusyError, LinkError, ShoalError, UsageError
+from shoal.runtime.split.link import Reply
 
 from . import apps
 from .apps import Answer, Piece
@@ -28,6 +29,8 @@ class Answers(Protocol):
     """Who answers."""
 
     async def infer(self, tensors: Mapping[str, np.ndarray], deadline: float, model: str) -> Answer: ...
+    async def ask(self, message: bytes, mode: int, deadline: float, model: str) -> Reply: ...
+    def modes(self) -> tuple[int, ...]: ...
     def generate(self, text: str, model: str, **options: Any) -> AsyncGenerator[Piece, None]: ...
     async def update(self, folder: Path) -> str: ...
     def status(self) -> dict[str, Any]: ...
@@ -40,6 +43,7 @@ class AppServer:
         self._answers, self._server = answers, LocalServer(path, self._serve)
         self._kinds: dict[str, Callable[..., Awaitable[None]]] = {
             "infer": self._infer, "generate": self._generate, "status": self._status, "update": self._update,
+            "ask": self._ask,
         }  # fmt: skip
 
     async def start(self) -> None:
@@ -82,6 +86,23 @@ class AppServer:
         answer = await self._answers.infer(tensors, _seconds(request), _text(request, "model"))
         said = {"ok": True, "where": answer.where, "seconds": answer.seconds, "why": answer.why}
         await _say(writer, said, answer.outputs)
+
+    async def _ask(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
+        message = tensors.get("message")
+        if len(tensors) != 1 or message is None or message.dtype != np.uint8 or message.ndim != 1:
+            raise UsageError("The message cannot be read.", "It is not the bytes of one.", "Send what a codec wrote.")
+        mode = _number(request, "mode", 0)
+        if type(mode) is not int or not 0 <= mode < 1 << 31:
+            raise UsageError(f"mode is {mode!r:.40}.", "It is no number of a mode.", "Correct it.")
+        seconds, model = _seconds(request), _text(request, "model")
+        said: dict[str, Any] = {}
+        outputs: Mapping[str, np.ndarray] = {}
+        try:
+            reply = await self._answers.ask(message.tobytes(), mode, seconds, model)
+            said, outputs = {"tail_seconds": reply.tail_seconds}, reply.outputs
+        except ShoalError as error:
+            said = {"refused": apps.refusal(error)["error"]}
+        await _say(writer, {"ok": True, "modes": list(self._answers.modes()), **said}, outputs)
 
     async def _generate(self, writer: asyncio.StreamWriter, request: dict[str, Any], tensors: dict) -> None:
         stop = request.get("stop", [])

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from shoal.runtime.errors import LinkError, ShoalError, UsageError
+from shoal.runtime.split.link import Reply
 
 from .home import home
 from .local_socket import connect
@@ -175,6 +176,21 @@ class App:
         said, outputs = self._frame(until)
         return Answer(outputs, said.get("where", ""), said.get("seconds", 0.0), said.get("why", ""))
 
+    def ask(
+        self, mode: int, message: bytes, deadline: float, model: str = ""
+    ) -> tuple[Reply | ShoalError, tuple[int, ...]]:
+        """The edge's answer, or refusal, to a message that the codec of `mode` wrote, and the modes that are agreed;
+        within `deadline` seconds and no later. For paired_link.PairedLink. Raises as `infer`."""
+        request = {"op": "ask", "model": model, "mode": mode, "deadline": deadline}
+        until = self._begin(request, {"message": np.frombuffer(message, np.uint8)}, deadline, grace=0.0)
+        said, outputs = self._frame(until)
+        took, agreed = said.get("tail_seconds", 0.0), said.get("modes")
+        if type(took) not in (int, float) or not isinstance(agreed, list):
+            self.close()
+            raise _unreadable("an answer does not say what it took")
+        found = _told(said["refused"]) if "refused" in said else Reply(outputs, float(took))
+        return found, tuple(one for one in agreed if type(one) is int)
+
     def generate(
         self, text: str, model: str = "", *, max_tokens: int = 256, stop: Sequence[str] = (), temperature: float = 0.0,
         top_p: float = 1.0, seed: int = -1, deadline: float = 120.0,
@@ -215,11 +231,13 @@ class App:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _begin(self, request: Mapping[str, Any], tensors: Mapping[str, np.ndarray], deadline: float) -> float:
+    def _begin(
+        self, request: Mapping[str, Any], tensors: Mapping[str, np.ndarray], deadline: float, grace: float = _GRACE
+    ) -> float:
         """Sends a request, over a new connection if the agent was restarted; returns when its answer must be there."""
         if not 0 < deadline <= LONGEST:
             raise UsageError(f"The deadline is {deadline}.", f"It is above 0, at most {LONGEST:g} s.", "Correct it.")
-        data, until = frame(request, tensors), time.monotonic() + deadline + _GRACE
+        data, until = frame(request, tensors), time.monotonic() + deadline + grace
         if self._socket is not None and select.select([self._socket], [], [], 0)[0]:
             self.close()  # nothing is due: this is the end of an agent that went
         with self._talking(until) as connection:

@@ -2,7 +2,8 @@
 
 A bundle's graphs say what it can do: `head` makes latents for a tail, `local` (or head and tail together, or a tail
 alone) gives a whole answer, here as on the edge. A graph is opened when it is first needed and runs in the caller's
-thread. It knows nothing about links or who asks.
+thread. Of a head with several encoders a mode names one, and the codec that makes a message of its latent. It knows
+nothing about links or who asks.
 """
 
 import logging
@@ -10,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,10 @@ import numpy as np
 from shoal.runtime.bundle import Bundle
 from shoal.runtime.errors import BackendError, BundleError, ShoalError, UsageError
 from shoal.runtime.session import Place, Session, open_graph
+from shoal.runtime.split import modes
+from shoal.runtime.split.codec import Codec
+from shoal.runtime.split.link import coders
+from shoal.runtime.split.modes import ENCODER
 
 from .messages import Model
 from .store import Store, describe
@@ -54,11 +60,14 @@ class Local:
         """Whether it can give a whole answer."""
         return bool(self.roles & {"local", "tail"})
 
-    def prepare(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """What the edge's tail takes: the head's outputs where there is a head for these inputs, else `feeds`."""
-        if "head" not in self.roles or set(self._session("head").inputs) != set(feeds):
+    def prepare(self, feeds: Mapping[str, np.ndarray], mode: int = 0) -> Mapping[str, np.ndarray] | bytes:
+        """What the edge's tail takes in that mode: the message of its codec, or the head's outputs where it names none;
+        `feeds` as they are where there is no head for these inputs."""
+        if not self._heads(feeds):
             return feeds
-        return self._session("head").run(feeds)
+        outputs = self._latents(feeds, self._encoders.get(mode, 0))
+        codec = self._codecs.get(mode)
+        return codec.encode(next(iter(outputs.values()))) if codec is not None else outputs
 
     def answer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A whole answer, computed here. Raises UsageError where it cannot give one, BackendError where it fails."""
@@ -68,12 +77,38 @@ class Local:
         if "local" in self.roles and set(self._session("local").inputs) == set(feeds):
             outputs = self._session("local").run(feeds)
         elif "tail" in self.roles:
-            outputs = self._session("tail").run(self.prepare(feeds))
+            best = max(self._encoders.values(), default=0)
+            outputs = self._session("tail").run(self._latents(feeds, best) if self._heads(feeds) else feeds)
         else:
             outputs = self._session("local").run(feeds)  # which says what it takes
         took = time.monotonic() - began
         self.seconds = took if self.seconds is None else self.seconds + _SMOOTH * (took - self.seconds)
         return outputs
+
+    def _heads(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        """Whether there is a head for these inputs."""
+        return "head" in self.roles and set(self._session("head").inputs) - {ENCODER} == set(feeds) - {ENCODER}
+
+    def _latents(self, feeds: Mapping[str, np.ndarray], encoder: int) -> dict[str, np.ndarray]:
+        """The head's outputs; of one with several encoders, that one's, or the one that `feeds` names."""
+        head = self._session("head")
+        return head.run({ENCODER: np.array(encoder), **feeds} if ENCODER in head.inputs else feeds)
+
+    @cached_property
+    def _encoders(self) -> dict[int, int]:
+        """The encoder of each mode."""
+        try:
+            return {mode.id: mode.encoder for mode in modes.read(self.bundle).modes}
+        except BundleError:  # no modes, or none that can be read, of which the edge was not told either
+            return {}
+
+    @cached_property
+    def _codecs(self) -> dict[int, Codec]:
+        try:
+            return coders(self.bundle, self._session("head").outputs, "head")
+        except BundleError as error:
+            _log.warning("latents of %s go as they are: %s", self.name, error.why)
+            return {}
 
     def probe(self) -> None:
         """Opens every graph of ours and runs it once on zeros. Raises ShoalError: it does not work on this device."""
@@ -84,6 +119,8 @@ class Local:
                 if any(dim < 0 for dim in shape) or np.prod(shape, dtype=object) > _PROBED:
                     raise BundleError(f"{self.name} cannot be tried.", f"{name!r} is {shape}.", "Convert it again.")
                 feeds[name] = np.zeros(shape, value.dtype)
+            if ENCODER in feeds:
+                feeds[ENCODER] += max(self._encoders.values(), default=0)
             for name, array in session.run(feeds).items():
                 if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
                     raise BackendError(f"{self.name} does not work here.", f"{name!r} is not finite.", "Go back.")

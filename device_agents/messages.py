@@ -241,6 +241,20 @@ class Inferred:
     where: str = ""
 
 
+@message(22)
+@dataclass(frozen=True)
+class InferCoded:
+    """Runs a tail on latents that the codec of `mode` wrote. Body: that message, of `length` bytes. Answered with
+    Inferred, whose compute_ms then has the decoding in it."""
+
+    tail: str
+    mode: int = 0
+    tables: str = ""
+    length: int = 0
+    deadline_ms: int = 0  # from when it was sent
+    trace: str = ""
+
+
 # Models and updates
 
 

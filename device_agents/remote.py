@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from shoal.runtime.errors import BusyError, LinkError
+from shoal.runtime.split.link import Reply
 
 from . import apps, messages
 from .connection import Connection
@@ -51,36 +52,37 @@ class Remote:
             return 0.0
         return deadline / 2 if local.seconds is None else 1.5 * local.seconds + 0.005
 
+    def mode(self) -> int:
+        """The best mode that is agreed, 0 where there is one way of working only."""
+        return self.agreement.modes[0] if self.agreement and self.agreement.modes else 0
+
     async def ask(
-        self, connection: Connection, feeds: Mapping[str, np.ndarray], seconds: float, local: Local | None = None
-    ) -> dict[str, np.ndarray]:
-        """The tail's answer to `feeds`, waited for `seconds`. Raises BusyError where it is not to be asked now."""
+        self, connection: Connection, sent: Mapping[str, np.ndarray] | bytes, seconds: float,
+        local: Local | None = None, mode: int = 0, *, patient: bool = True,
+    ) -> Reply:  # fmt: skip
+        """The tail's answer to tensors, or to a message that the codec of `mode` wrote, waited for `seconds`.
+
+        Raises BusyError where it is not to be asked now, nor in this mode. `patient`: not either while it is left alone
+        for having been late; who is not has a policy of his own.
+        """
         agreed = self.agreement
         if agreed is None or not agreed.tail or self._now() > self._until:
-            raise BusyError("The edge is not asked.", _reason(agreed), "Wait.")
+            raise _unasked(_reason(agreed))
         if local is not None and agreed.encoder and agreed.encoder != local.model.encoder:
-            raise BusyError("The edge is not asked.", "Its tail belongs to another model.", "Wait.")
+            raise _unasked("Its tail belongs to another model.")
+        if mode not in (agreed.modes or (0,)):
+            raise _unasked(f"Mode {mode} is not agreed; {', '.join(map(str, agreed.modes))} are.")
         if self._under_way >= max(1, agreed.inflight):
-            raise BusyError("The edge is not asked.", f"{self._under_way} requests are on their way.", "Wait.")
-        if self._now() < self._resting:
-            raise BusyError("The edge is not asked.", "It was late before.", "Wait.")
+            raise _unasked(f"{self._under_way} requests are on their way.")
+        if patient and self._now() < self._resting:
+            raise _unasked("It was late before.")
         if seconds <= 0:
-            raise BusyError("The edge is not asked.", "There is no time for it.", "Allow more.")
-        said = apps.describe(feeds)
-        message = messages.Infer(
-            agreed.tail,
-            agreed.modes[0] if agreed.modes else 0,
-            local.model.tables if local else "",
-            tuple(entry["name"] for entry in said),
-            tuple(entry["dtype"] for entry in said),
-            tuple(messages.Shape(tuple(entry["shape"])) for entry in said),
-            deadline_ms=max(1, math.floor(1000 * seconds)),
-        )
+            raise _unasked("There is no time for it.", "Allow more.")
+        tables = local.model.tables if local else ""
+        message, body = _request(agreed.tail, mode, tables, sent, max(1, math.floor(1000 * seconds)))
         self._under_way += 1
         try:
-            call = connection.request(
-                message, priority=Priority.LATENT, timeout=seconds, body=apps.raw(feeds), deadline=seconds
-            )
+            call = connection.request(message, priority=Priority.LATENT, timeout=seconds, body=body, deadline=seconds)
             async with call:
                 answer = await call.reply(seconds)
                 if not isinstance(answer, messages.Inferred):
@@ -96,7 +98,26 @@ class Remote:
         finally:
             self._under_way -= 1
         self._lates = 0
-        return outputs
+        tail = (answer.queue_ms + answer.compute_ms) / 1000
+        return Reply(outputs, min(max(tail, 0.0), seconds) if math.isfinite(tail) else 0.0)
+
+
+def _request(
+    tail: str, mode: int, tables: str, sent: Mapping[str, np.ndarray] | bytes, deadline: int
+) -> tuple[messages.Infer | messages.InferCoded, bytes]:
+    """The message and its body."""
+    if isinstance(sent, bytes):
+        return messages.InferCoded(tail, mode, tables, len(sent), deadline), sent
+    said = apps.describe(sent)
+    message = messages.Infer(
+        tail, mode, tables, tuple(entry["name"] for entry in said), tuple(entry["dtype"] for entry in said),
+        tuple(messages.Shape(tuple(entry["shape"])) for entry in said), deadline_ms=deadline,
+    )  # fmt: skip
+    return message, apps.raw(sent)
+
+
+def _unasked(why: str, fix: str = "Wait.") -> BusyError:
+    return BusyError("The edge is not asked.", why, fix)
 
 
 def _reason(agreed: messages.Agreement | None) -> str:

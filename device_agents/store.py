@@ -294,7 +294,7 @@ def describe(bundle: Bundle) -> dict:
 
 
 def _mode(said: dict) -> Mode:
-    numbers = [said[key] for key in ("id", "bits", "bytes")]
+    numbers = [said["id"], said.get("bits", 0), said.get("bytes", 0)]
     figures = [float(said.get(key, math.nan)) for key in ("device_ms", "accuracy")]
     if not all(type(number) is int and 0 <= number < 1 << 31 for number in numbers):
         raise ValueError("not a count")

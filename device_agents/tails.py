@@ -8,6 +8,7 @@ late is refused and not computed: a device then answers by itself. It knows noth
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,16 @@ from shoal.runtime import measure
 from shoal.runtime.bundle import Bundle, Graph
 from shoal.runtime.errors import BackendError, BudgetError, BundleError, BusyError, RemoteError, ShoalError, UsageError
 from shoal.runtime.session import Place, Value, open_graph
+from shoal.runtime.split.codec import Codec
+from shoal.runtime.split.link import coder, coders
 
 from .batching import Job, Waiting
 
 MAX_BODY = 64 << 20  # bytes of one request's tensors
 MAX_WAITING = 256 << 20  # bytes of all that wait
 _SMOOTH = 5.0  # seconds over which the load is averaged
+
+_log = logging.getLogger("shoal.edge")
 
 
 class Engine(Protocol):
@@ -70,6 +75,11 @@ class Tail:
         ):
             self.session.close()
             raise BundleError(f"{bundle.path} is no tail.", "The first axis of an input is no batch.", "Pack it anew.")
+        try:
+            self._codecs = coders(bundle, dict(self.session.inputs), "tail")
+        except BundleError as error:  # tensors can be sent all the same
+            _log.warning("latents of %s must come without a codec: %s", bundle.path, error.why)
+            self._codecs = {}
         self.seconds, self.alone = 0.0, False
         self.served = self.batches = self.users = 0
         self.used = 0.0
@@ -104,6 +114,14 @@ class Tail:
         if layout.nbytes > MAX_BODY:
             raise _misfit(f"It has {layout.nbytes:,} bytes; at most {MAX_BODY:,} are taken.")
         return layout
+
+    def codec(self, mode: int) -> Codec:
+        """What reads the messages of that mode. Raises LinkError."""
+        return coder(self._codecs, mode)
+
+    def coded(self, codec: Codec, rows: int) -> "Layout":
+        """What so many latents of a codec take, once they are decoded. Raises UsageError."""
+        return self.layout(tuple(self.session.inputs), ("float32",), ((rows, *codec.shape),))
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, np.ndarray] | ShoalError]:
         """Each job's own rows, or why there are none. One that fails takes no other along."""

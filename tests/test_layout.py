@@ -33,7 +33,7 @@ ALWAYS = {
 LAZILY = {
     "sdk": {"tqdm", "psutil", "readline", "llguidance", "onnxruntime", "xllamacpp"},
     "runtime": {"tokenizers", "jinja2", "llguidance"},
-    "converters": {"torch", "jinja2"},
+    "converters": {"torch", "jinja2", "PIL"},
     "device_agents": {"segno", "flwr", "starlette", "uvicorn", "ray"},
 }
 # Where something is trained: they import torch at their top, and nobody else imports them there

@@ -22,17 +22,18 @@ from onnx_ir.passes.common import (
 )
 
 from shoal.runtime.errors import ConvertError, ShoalError, SourceError
-from shoal.runtime.session import Value, open_graph
+from shoal.runtime.session import Value
 
 from ..split.graph import Cut, Graph, Node, tidy
 from ..split.graph import cuts as _cuts
-from ..split.write import write
+from ..split.opset import OLDEST, raised
+from ..split.write import opened, write
 
 if TYPE_CHECKING:
     from ..split.network import Network
 
 Model = bytes | str | os.PathLike
-_OPSETS = (9, 21)
+_OPSETS = (OLDEST, 21)
 _TOLERANCE = 1e-3
 
 
@@ -78,13 +79,15 @@ def network(source: Model) -> "Network":
 
 
 def graph(source: Model) -> Graph:
-    """The network with its weights, its batch open. Raises SourceError for a file that is damaged, and ConvertError
-    for a network that cannot be trained: other opsets, other types than fp32, branches and loops."""
+    """The network with its weights, its batch open, of opset 11 or later. Raises SourceError for a file that is
+    damaged, and ConvertError for a network that cannot be trained: other opsets than 7 to 21, other types than fp32,
+    branches and loops."""
     model = _load(source)
     opset = model.graph.opset_imports.get("", 0)
     if not _OPSETS[0] <= opset <= _OPSETS[1]:
         why = f"Its opset is {opset}; {_OPSETS[0]} to {_OPSETS[1]} are known."
-        raise ConvertError("The ONNX network cannot be used.", why, "Export it for opset 17.")
+        fix = "Export it for opset 17, or convert it (onnx.version_converter)."
+        raise ConvertError("The ONNX network cannot be used.", why, fix)
     try:
         if model.functions:
             InlinePass()(model)
@@ -112,7 +115,7 @@ def graph(source: Model) -> Graph:
     ):
         raise _damaged("Two nodes give the same value.")
     made_of = Graph(tuple(nodes), ports, tuple(str(value.name) for value in inner.outputs), tensors, opset)
-    return _opened(tidy(made_of))
+    return _opened(tidy(raised(made_of)))
 
 
 def _load(source: Model) -> ir.Model:
@@ -220,29 +223,35 @@ def _opened(network: Graph) -> Graph:
                 replace(node, inputs=(*node.inputs[:3], name)),
             ]
     inputs = tuple(replace(port, dims=(None, *port.dims[1:])) for port in network.inputs)
-    opened = tidy(replace(network, nodes=tuple(nodes), inputs=inputs, tensors=tensors))
-    if all(isinstance(dim, int) for port in inputs for dim in port.dims[1:]) and not _rows_apart(opened):
-        why = f"It was exported for batches of {batch}, which cannot be undone."
+    free = tidy(replace(network, nodes=tuple(nodes), inputs=inputs, tensors=tensors))
+    if all(isinstance(dim, int) for port in inputs for dim in port.dims[1:]) and (why := _joined(free, batch)):
         raise ConvertError("The ONNX network cannot be used.", why, "Export it with a dynamic first axis.")
-    return opened
+    return free
 
 
-def _rows_apart(network: Graph) -> bool:
-    """Whether a batch of two rows gives what the rows give alone."""
+def _joined(network: Graph, batch: int | str | None) -> str:
+    """Why a batch of two rows is not what the rows are alone, "" where it is. `batch` is what an exporter fixed."""
+    undone = f"It was exported for batches of {batch}, which cannot be undone"
     rng = np.random.default_rng(0)
     feeds = {p.name: rng.random((2, *p.dims[1:]), np.float32).astype(p.dtype) for p in network.inputs}  # type: ignore
     try:
-        with open_graph(write(network), {}) as session:
-            both = session.run(feeds)
+        with opened(write(network)) as session:
             alone = [session.run({name: array[i : i + 1] for name, array in feeds.items()}) for i in range(2)]
+            try:
+                both = session.run(feeds)
+            except ShoalError as error:
+                return f"{undone}: {error.why}"
         for name, array in both.items():
             rows = np.concatenate([one[name] for one in alone])
             scale = float(np.abs(rows).max(initial=0)) or 1.0
-            if rows.shape != array.shape or not np.allclose(rows, array, rtol=0, atol=_TOLERANCE * scale):
-                return False
-    except (ShoalError, ValueError):
-        return False
-    return True
+            close = rows.shape == array.shape and np.allclose(rows, array, 0, _TOLERANCE * scale, equal_nan=True)
+            if not close:
+                return f"{undone}: of its output {name!r:.80} a row hangs on the others."
+    except ShoalError as error:
+        return f"ONNX Runtime cannot run it: {error.why}"
+    except ValueError as error:  # outputs of other shapes than rows
+        return f"{undone}: {_short(error)}"
+    return ""
 
 
 def _damaged(why: str) -> SourceError:

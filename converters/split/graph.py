@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shoal.runtime.errors import ConvertError, ShoalError, UsageError
-from shoal.runtime.session import Value, open_graph
+from shoal.runtime.session import Value
 
 # Operators whose outputs are of one type, whatever they take, and those whose second output is
 _INTEGERS = {"Shape", "Size", "ArgMax", "ArgMin", "NonZero", "NonMaxSuppression"}
@@ -166,7 +166,7 @@ def sizes(
     graph: Graph, shapes: Mapping[str, Sequence[int]] | None, batches: Sequence[int] = (1,)
 ) -> list[dict[str, tuple[int, ...]]]:
     """For each of `batches` the shape of every value and tensor, as ONNX Runtime finds it on zeros."""
-    from .write import write
+    from .write import opened, write
 
     rows = {}
     for port in graph.inputs:
@@ -183,7 +183,7 @@ def sizes(
     fixed = {name: tuple(array.shape) for name, array in graph.tensors.items()}
     found = []
     try:
-        with open_graph(write(asking, dims={name: (None,) * (1 + len(row)) for name, row in rows.items()}), {}) as run:
+        with opened(write(asking, dims={name: (None,) * (1 + len(row)) for name, row in rows.items()})) as run:
             for batch in batches:
                 feeds = {port.name: np.zeros((batch, *rows[port.name]), port.dtype) for port in graph.inputs}
                 answers = run.run(feeds)
@@ -237,7 +237,7 @@ def types(graph: Graph) -> dict[str, np.dtype]:
     return found
 
 
-def _dynamic(graph: Graph, sources: Iterable[str]) -> set[str]:
+def depending(graph: Graph, sources: Iterable[str]) -> set[str]:
     """The values that depend on one of `sources`, which are among them."""
     found = set(sources)
     for node in graph.nodes:
@@ -257,7 +257,7 @@ def _before(graph: Graph, name: str) -> list[Node]:
 
 def _live(graph: Graph) -> list[tuple[Node, set[str]]]:
     """Each node with the values that are needed after it and depend on an input."""
-    dynamic = _dynamic(graph, (port.name for port in graph.inputs))
+    dynamic = depending(graph, (port.name for port in graph.inputs))
     last = {value: i for i, node in enumerate(graph.nodes) for value in node.inputs}
     last |= dict.fromkeys(graph.outputs, len(graph.nodes))
     live, found = {port.name for port in graph.inputs if port.name in last}, []
@@ -290,10 +290,10 @@ def _check(graph: Graph, name: str) -> None:
         return
     if types(graph).get(name) != np.float32:
         raise ConvertError(what, "It is not fp32.", fix)
-    dynamic = _dynamic(graph, (port.name for port in graph.inputs))
+    dynamic = depending(graph, (port.name for port in graph.inputs))
     if name not in dynamic:
         raise ConvertError(what, "It depends on no input.", fix)
-    behind = _dynamic(graph, (name,))
+    behind = depending(graph, (name,))
     for node in graph.nodes:
         if not behind.isdisjoint(node.inputs):
             if other := [value for value in node.inputs if value in dynamic - behind]:

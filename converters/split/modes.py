@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shoal.runtime.session import open_graph
 from shoal.runtime.split.codec import Codec
 from shoal.runtime.split.tables import Tables
 
 from .distil import Rows, Student
 from .entropic import FactorisedPrior
 from .slimmable import Levels
+from .write import opened
 
 _BATCH = 250
 
@@ -106,7 +106,7 @@ def table(
 def head_ms(graph: bytes, shape: Sequence[int], choice: int = 0, *, runs: int = 20, threads: int = 1) -> float:
     """Milliseconds, the median of `runs`, that a head takes for one image [*shape] at this choice (0: none)."""
     times = []
-    with open_graph(graph, {}, threads=threads) as session:
+    with opened(graph, threads) as session:
         feeds = {name: np.zeros((1, *shape), np.float32) for name in session.inputs if name != "encoder"}
         if choice:
             feeds["encoder"] = np.array(choice, np.int64)

@@ -13,6 +13,7 @@ from shoal.runtime.errors import UsageError
 
 ENCODERS = ("ghnd", "bottlefit", "entropic", "separable", "thin", "linear")
 DECODERS = ("ghnd", "bottlefit", "entropic", "light")
+FITS = ("crop", "stretch", "letterbox")  # of runtime/vision/preprocess.py
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class SplitRecipe:
     above 0, a learned prior says how many, and `beta` is what a bit may cost in squared error of features. `epochs` and
     `rate` are of the first stage, `tail_epochs` and `tail_rate` of the second, in which labels weigh `alpha` and the
     teacher's answers the rest. A part `held` of the rows trains nothing and measures the modes. Pictures are (x - mean)
-    / deviation of bytes."""
+    / deviation of bytes; files of them are first made `size` pixels high and wide (0: what the network takes) by `fit`,
+    as runtime/vision/preprocess.py does."""
 
     cut: str = ""
     stem: str = ""
@@ -48,10 +50,12 @@ class SplitRecipe:
     mirror: bool = False
     mean: float = 127.5
     deviation: float = 127.5
+    size: int = 0
+    fit: str = "crop"
     seed: int = 0
 
     def __post_init__(self):
-        for name, allowed in (("encoder", ENCODERS), ("decoder", DECODERS)):
+        for name, allowed in (("encoder", ENCODERS), ("decoder", DECODERS), ("fit", FITS)):
             if getattr(self, name) not in allowed:
                 raise _refuse(f"{name} is {getattr(self, name)!r}", "one of " + ", ".join(allowed))
         if not self.bits or not all(bits in range(1, 9) for bits in self.bits):
@@ -60,6 +64,8 @@ class SplitRecipe:
             raise _refuse(f"members are {self.members}, widths {list(self.widths)}", "up to 16 members, or widths")
         if self.beta < 0 or (self.beta and (self.members > 1 or self.widths)):
             raise _refuse(f"beta is {self.beta}", "0, or above it for an encoder without choices")
+        if not 0 <= self.size <= 4096:
+            raise _refuse(f"size is {self.size}", "from 0 to 4,096 pixels")
         if not 0 < self.held < 1 or not 0 <= self.alpha <= 1 or not self.deviation:
             raise _refuse("held, alpha or deviation is out of range", "above 0 and below 1, from 0 to 1, and not 0")
 

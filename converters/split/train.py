@@ -22,6 +22,7 @@ from .distil import CUT, Rows, Schedule, Student
 from .entropic import FactorisedPrior
 from .graph import cuts
 from .network import Network, split
+from .pictures import read_folder
 from .recipe import SplitRecipe
 from .slimmable import Ensemble, Levels, Slim, recalibrate
 from .tail import pack
@@ -42,9 +43,16 @@ class Report:
     losses: tuple[float, ...]
 
 
-def read(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures uint8 [n, h, w, 3] and labels int [n], or None, from an .npz file with `images` and `labels`. Raises
-    SourceError."""
+def read(
+    path: str | Path, network: Network | None = None, recipe: SplitRecipe | None = None, progress: Progress = silent
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pictures uint8 [n, h, w, 3] and labels int [n], or None, from an .npz file with `images` and `labels`, or from a
+    folder of pictures (pictures.py), which are made as large as `network` takes them, or the recipe says. Raises
+    SourceError, UsageError."""
+    if Path(path).is_dir():
+        recipe = recipe or SplitRecipe()
+        height, width = _size(network, recipe)
+        return read_folder(path, height, width, fit=recipe.fit, progress=progress)
     try:
         with np.load(path, allow_pickle=False) as found:
             images, labels = found["images"], found["labels"] if "labels" in found else None
@@ -104,6 +112,16 @@ def train(
     return Report(device, served, frozen, whole, tuple(table), tuple(losses))
 
 
+def _size(network: Network | None, recipe: SplitRecipe) -> tuple[int, int]:
+    """(height, width) of pictures in pixels. Raises UsageError where nothing says."""
+    dims = network.graph.inputs[0].dims if network is not None and not recipe.size else ()
+    height, width = dims[2:] if len(dims) == 4 else (recipe.size or None,) * 2
+    if not isinstance(height, int) or not isinstance(width, int):
+        why = "The network takes pictures of any size."
+        raise UsageError("How large are the pictures to be?", why, "Say so in the recipe: size = 224.")
+    return height, width
+
+
 def search(network: Network, picture: Sequence[int]) -> str:
     """The cut of the smallest feature [c, h, w] among those with a tenth to a half of the work before them (the first
     of equal ones): what is before it the encoder replaces, and a decoder has little to make. Raises ConvertError."""
@@ -134,6 +152,10 @@ def _rows(images, labels, recipe, head, tail, stem, progress) -> tuple[Rows, Row
                     found.setdefault(key, []).append(value)
                 progress(Event("teacher", at, len(chosen), "features", "images"))
         arrays = {key: np.concatenate(value) for key, value in found.items()}
+        classes = arrays["outputs"].shape[-1]
+        if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
+            why = f"They are from {labels.min()} to {labels.max()}; the network has {classes} classes."
+            raise UsageError("The labels are not the network's.", why, "Number them from 0, in the network's order.")
         right = labels[chosen] if labels is not None else arrays["outputs"][: len(chosen)].argmax(1)
         sets.append(Rows({**arrays, "label": np.tile(right, len(mirrors))}, mirrored=len(mirrors) > 1))
     return sets[0], sets[1]

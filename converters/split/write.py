@@ -1,16 +1,23 @@
-"""A graph becomes ONNX: bytes of a model, batch norms folded into the convolutions before them."""
+"""A graph becomes ONNX: bytes of a model, batch norms folded into the convolutions before them; and is tried."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from shoal.runtime.session import Place, Session, open_graph
+
 from .graph import Graph, Node, types
 
 _IR = 8  # of the file format: the one of opset 15, which every runtime of today reads; newer opsets need newer ones
 _IRS = {19: 9, 21: 10}
+_INLINE = 16 << 20  # bytes of a model that is opened as it is
+_SMALL, _ALIGNMENT = 1024, 64  # bytes of the largest tensor that stays in a larger one, and between those that do not
 
 
 def write(
@@ -51,6 +58,40 @@ def write(
     return ir.serde.serialize_model(ir.Model(inner, ir_version=version(graph.opset))).SerializeToString(
         deterministic=True
     )
+
+
+@contextlib.contextmanager
+def external(model: bytes) -> Iterator[tuple[bytes, dict[str, Place]]]:
+    """A ModelProto as a bundle has it, and where its weights lie meanwhile: a graph by itself is taken up to 64 MiB.
+    A small one stays as it is."""
+    if len(model) <= _INLINE:
+        yield model, {}
+        return
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        path, weights = Path(folder, "model.onnx"), Path(folder, "weights")
+        path.write_bytes(model)
+        loaded = ir.load(path)
+        with open(weights, "wb") as file:
+            for value in loaded.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes <= _SMALL:
+                    continue
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+                at = file.tell()
+                file.write(tensor.tobytes())
+                value.const_value = ir.ExternalTensor(
+                    "weights", at, file.tell() - at, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()),
+                    name=str(value.name), base_dir="",
+                )  # fmt: skip
+            size = file.tell()
+        yield ir.serde.serialize_model(loaded).SerializeToString(), {"weights": Place(str(weights), 0, size)}
+
+
+@contextlib.contextmanager
+def opened(model: bytes, threads: int = 0) -> Iterator[Session]:
+    """A ModelProto in ONNX Runtime, whatever its weights weigh. Raises BundleError, BackendError."""
+    with external(model) as (graph, places), open_graph(graph, places, threads=threads) as session:
+        yield session
 
 
 def version(opset: int) -> int:

@@ -228,7 +228,9 @@ class Client:
         own = None
         if self._own is not None:
             own = replace(self.table.local, device_ms=self._ms(self.table.local, rows))
-        mine = tuple(replace(mode, device_ms=self._ms(mode, rows)) for mode in self.modes)
+        allowed = getattr(self._link, "modes", None)  # None: any
+        able = [mode for mode in self.modes if allowed is None or mode.id in allowed] or self.modes
+        mine = tuple(replace(mode, device_ms=self._ms(mode, rows)) for mode in able)
         careful, likely = known.estimate(terms.pessimism), known.estimate(terms.reserved)
         return Situation(mine, careful, deadline, likely, own, rows, self._current, known.gone)
 

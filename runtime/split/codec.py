@@ -52,6 +52,23 @@ class Codec:
     def decode(self, data, most: int = 1) -> np.ndarray:
         """The latents fp32 [n, *shape] of a message from a peer, n at most `most`: the levels of their symbols. Raises
         LinkError for anything that `encode` of the same tables and shape does not make."""
+        count, at = self._begin(data, most)
+        symbols = self._coder.decode(memoryview(data).cast("B")[at:], count)
+        if symbols is None:
+            raise _refuse(f"does not decode to {count} latents of shape {list(self.shape)}")
+        return self.tables.quantiser.dequantise(symbols)
+
+    def count(self, data, most: int = 1) -> int:
+        """How many latents a message says that it holds, before any is decoded. Raises LinkError where its tag is not
+        these tables' and shape's, or there are more than `most`."""
+        return self._begin(data, most)[0]
+
+    def longest(self, count: int) -> int:
+        """Bytes that a message of `count` latents can have at most: a symbol takes up to 14 bits, a state 4 bytes."""
+        return TAG + 4 + 16 + 2 * count * math.prod(self.shape)
+
+    def _begin(self, data, most: int) -> tuple[int, int]:
+        """(number of latents, where their symbols begin)"""
         view = memoryview(data).cast("B")
         if view[:TAG] != self.tag:
             raise _refuse("was made with other tables, for another shape, or is no latent", "Give both sides the same "
@@ -68,10 +85,7 @@ class Codec:
             raise _refuse("says in an impossible way how many latents it holds")
         if count > most:
             raise _refuse(f"says it holds {count} latents, and {most} were expected at most")
-        symbols = self._coder.decode(view[at:], count)
-        if symbols is None:
-            raise _refuse(f"does not decode to {count} latents of shape {list(self.shape)}")
-        return self.tables.quantiser.dequantise(symbols)
+        return count, at
 
 
 def _number(value: int) -> bytes:

@@ -8,6 +8,7 @@ computed. How bytes travel is another module's (shaped.py simulates it, a paired
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..errors import BundleError, BusyError, LinkError, UsageError
-from ..session import Place, Session, open_graph
+from ..session import Place, Session, Value, open_graph
 from . import modes
 from .codec import Codec
 
@@ -31,7 +32,8 @@ class Reply:
 
 
 class Link(Protocol):
-    """The way to an edge. Several threads may ask at once."""
+    """The way to an edge. Several threads may ask at once. One over which not every mode may be sent may have `modes`,
+    a collection of those that may: a client then chooses among these."""
 
     def ask(self, mode: int, message: bytes, timeout: float) -> Reply:
         """The answer to `message` of that mode. Raises LinkError (gone) or BusyError (late, or no room), at the latest
@@ -46,27 +48,18 @@ class Edge:
         """Takes at most `most` images in a message. Raises BundleError, StorageError, BackendError."""
         with Bundle.open(bundle) as opened:
             self.table = modes.read(opened)
-            tables = modes.codecs(opened, self.table)
             self.session = open_role(opened, "tail", threads)
             try:
-                shape = latent_shape(self.session.inputs, "tail")
-                made = {key: Codec(one, shape) for key, one in tables.items()}
-            except UsageError as error:
-                self.session.close()
-                raise BundleError("The bundle's codec cannot be used.", error.why, "Pack the network again.") from None
+                self._codecs = coders(opened, self.session.inputs, "tail")
             except BaseException:
                 self.session.close()
                 raise
         self._input, self._most = next(iter(self.session.inputs)), most
-        self._codecs = {mode.id: made[mode.codec] for mode in self.table.modes if mode.codec}
 
     def answer(self, mode: int, message: bytes) -> Reply:
         """Decodes and runs the tail. Raises LinkError for what no device of this model sends, BackendError."""
         began = time.perf_counter()
-        codec = self._codecs.get(mode)
-        if codec is None:
-            why = f"It is of mode {mode!r:.20}; there are {', '.join(map(str, self._codecs)) or 'none'}."
-            raise LinkError("A peer's latent cannot be decoded.", why, "Give both sides the same version of the model.")
+        codec = coder(self._codecs, mode)
         outputs = self.session.run({self._input: codec.decode(message, most=self._most)})
         return Reply(outputs, time.perf_counter() - began)
 
@@ -98,6 +91,30 @@ def late(timeout: float) -> BusyError:
     return BusyError("The edge did not answer in time.", why, "Wait longer, or answer locally.")
 
 
+def coders(bundle: Bundle, values: dict[str, Value], role: str) -> dict[int, Codec]:
+    """For each mode of an open bundle that names a codec, that codec for the one latent among a graph's inputs or
+    outputs; none where the bundle has no modes. Raises BundleError."""
+    if bundle.find("modes") is None:
+        return {}
+    table = modes.read(bundle)
+    if not (tables := modes.codecs(bundle, table)):
+        return {}
+    shape = latent_shape(values, role)
+    try:
+        made = {key: Codec(one, shape) for key, one in tables.items()}
+    except UsageError as error:
+        raise BundleError("The bundle's codec cannot be used.", error.why, "Pack the network again.") from None
+    return {mode.id: made[mode.codec] for mode in table.modes if mode.codec}
+
+
+def coder(codecs: Mapping[int, Codec], mode: int) -> Codec:
+    """The codec of a message's mode. Raises LinkError where there is none: a peer may say any number."""
+    if (codec := codecs.get(mode)) is None:
+        why = f"It is of mode {mode!r:.20}; there are {', '.join(map(str, codecs)) or 'none'}."
+        raise LinkError("A peer's latent cannot be decoded.", why, "Give both sides the same version of the model.")
+    return codec
+
+
 def open_role(bundle: Bundle, role: str, threads: int = 0) -> Session:
     """The graph of that role, its weights mapped from the bundle, which may be closed afterwards. Raises BundleError
     where there is none, BackendError."""
@@ -110,7 +127,7 @@ def open_role(bundle: Bundle, role: str, threads: int = 0) -> Session:
     return open_graph(bundle.bytes(bundle.section("graph", graph.section)), places, threads=threads)
 
 
-def latent_shape(values: dict, role: str) -> tuple[int, ...]:
+def latent_shape(values: dict[str, Value], role: str) -> tuple[int, ...]:
     """(channels, ...) of the one latent among a graph's inputs or outputs. Raises BundleError where there is none."""
     found = list(values.values())
     if len(found) == 1 and found[0].dtype == np.float32 and len(found[0].dims) > 1:

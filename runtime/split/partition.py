@@ -27,13 +27,15 @@ _CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # their bodies use 
 @dataclass(frozen=True)
 class Piece:
     """A step of a network: seconds `here`, on the device, and `there`, on the edge; `nbytes` of what it gives;
-    `needs` the places of the pieces whose values it takes, INPUT for the network's own."""
+    `needs` the places of the pieces whose values it takes, INPUT for the network's own. `gives` are the names of its
+    values, by which converters/split/partition.py finds it again."""
 
     name: str
     here: float
     there: float
     nbytes: int
     needs: tuple[int, ...]
+    gives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def profile(
             node.name or f"{node.op}:{node.outputs[0]}", float(alone[place]), float(alone[place]),
             sum(sizes.get(name, 0) for name in node.outputs if name),
             tuple(sorted({maker.get(name, INPUT) for name in node.inputs if name not in constant})),
+            tuple(name for name in node.outputs if name),
         )
         for place, node in enumerate(steps)
     )  # fmt: skip

@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "runs), hybrid (the same with integers from 3 bits on), auto (what is best at --memory), or split (cut "
              "between a device and an edge; a .toml file with a table [split] says how)",
     )  # fmt: skip
-    parser.add_argument("--data", metavar="FILE.npz", help="with split: images (uint8 [n, h, w, 3]) and their labels")
+    parser.add_argument(
+        "--data", metavar="FOLDER|FILE.npz",
+        help="with split: pictures, in a folder for each class or without labels; or images (uint8 [n, h, w, 3]) and "
+             "their labels",
+    )  # fmt: skip
     parser.add_argument("--cut", metavar="NAME", help="with split: the value of the network to cut at")
     parser.add_argument("--memory", metavar="SIZE", help="with auto: what the model is for, such as 200MB")
     parser.add_argument("--blocks", metavar="FIRST:END", help="only these blocks: a part that runs with the others")
@@ -64,14 +68,15 @@ def run_split(arguments: argparse.Namespace, show) -> int:
 
     if arguments.data is None:
         why = "The encoder learns from pictures, and the modes are measured on some of them."
-        raise UsageError("There is no data to split with.", why, "Give an .npz file with --data.")
+        raise UsageError("There is no data to split with.", why, "Give a folder of them, or an .npz file, with --data.")
     changes = {} if arguments.cut is None else {"cut": arguments.cut}
     named = arguments.recipe in ("split", "int4")  # int4 is what convert has where nobody says
     recipe = recipes.load(recipes.SplitRecipe() if named else arguments.recipe, **changes)
-    images, labels = read(arguments.data)
+    whole = network(Path(arguments.source))
+    images, labels = read(arguments.data, whole, recipe, show.progress)
     folder = Path(arguments.out or ".")
     folder.mkdir(parents=True, exist_ok=True)
-    report = train(network(Path(arguments.source)), images, labels, recipe, folder, name=Path(arguments.source).stem,
+    report = train(whole, images, labels, recipe, folder, name=Path(arguments.source).stem,
                    overwrite=arguments.overwrite, progress=show.progress)  # fmt: skip
     heading = ("mode", "encoder", "bits", "bytes", "device_ms", "accuracy")
     rows = [(one.id, one.encoder, one.bits, round(one.bytes, 1), round(one.device_ms, 2), round(one.accuracy, 4))

@@ -51,7 +51,7 @@ def test_a_number_never_changes_its_message():
     given = {
         1: "Hello", 2: "Failure", 3: "Accepted",
         10: "Health", 11: "State", 12: "Agreement", 13: "Renegotiate",
-        20: "Infer", 21: "Inferred",
+        20: "Infer", 21: "Inferred", 22: "InferCoded",
         30: "Fetch", 31: "Fetched", 32: "ListModels", 33: "Models", 34: "Updates", 35: "Manifest", 36: "Offer",
         40: "Generate", 41: "Generated", 42: "Token", 43: "Continue", 44: "Continued",
     }  # fmt: skip

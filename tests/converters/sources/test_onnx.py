@@ -133,8 +133,8 @@ def test_what_is_damaged_or_not_known_is_refused(data, error, why):
 
 def test_an_old_opset_is_refused():
     model = small()
-    model.opset_import[0].version = 7
-    with pytest.raises(ConvertError, match="opset is 7"):
+    model.opset_import[0].version = 6
+    with pytest.raises(ConvertError, match="opset is 6"):
         graph(model.SerializeToString())
 
 

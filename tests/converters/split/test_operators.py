@@ -9,6 +9,8 @@ from onnx import numpy_helper, parser  # noqa: E402
 
 from shoal.converters.sources.onnx import graph  # noqa: E402
 from shoal.converters.split.network import Network  # noqa: E402
+from shoal.converters.split.write import write  # noqa: E402
+from shoal.runtime.errors import ConvertError  # noqa: E402
 from shoal.runtime.session import open_graph  # noqa: E402
 
 IMAGE, FLAT, THREE = (2, 4, 9, 11), (2, 12), (2, 5, 8)
@@ -172,3 +174,67 @@ def test_an_operator_is_what_onnx_runtime_does(case):
     if weights := list(network.parameters()):
         made.sum().backward()
         assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in weights) or "Where" in case[3]
+
+
+# What opsets before 11 say in another way: (opset, shape of x, nodes that make y)
+OLD = [
+    (7, IMAGE, "y = Upsample <mode = 'nearest', scales = [1.0, 1.0, 2.0, 2.0]> (x)"),
+    (7, IMAGE, "y = Upsample <mode = 'linear', scales = [1.0, 1.0, 3.0, 2.0]> (x)"),
+    (9, IMAGE, "s = Constant <value = float[4] {1.0, 1.0, 2.0, 3.0}> () y = Upsample <mode = 'linear'> (x, s)"),
+    (9, IMAGE, "s = Constant <value = float[4] {1.0, 1.0, 2.0, 2.0}> () y = Upsample (x, s)"),
+    (10, IMAGE, "s = Constant <value = float[4] {1.0, 1.0, 2.0, 2.0}> () y = Resize (x, s)"),
+    (10, IMAGE, "s = Constant <value = float[4] {1.0, 1.0, 1.5, 0.6}> () y = Resize <mode = 'linear'> (x, s)"),
+    (10, IMAGE, "s = Constant <value = float[4] {1.0, 1.0, 0.5, 0.5}> () y = Resize (x, s)"),
+    (7, FLAT, "y = Clip <min = -0.5> (x)"),
+    (8, FLAT, "y = Clip <max = 0.2> (x)"),
+    (9, FLAT, "y = Clip (x)"),
+    (7, IMAGE, "y = Pad <pads = [0, 0, 1, 2, 0, 0, 0, 1], value = 1.5> (x)"),
+    (10, IMAGE, "y = Pad <pads = [0, 0, 1, 2, 0, 0, 0, 1], mode = 'reflect'> (x)"),
+    (8, IMAGE, "y = Slice <starts = [0, 2], ends = [9, -1]> (x)"),
+    (8, IMAGE, "y = Slice <starts = [-3], ends = [9], axes = [3]> (x)"),
+    (10, IMAGE, "s = Constant <value = int64[1] {2}> () e = Constant <value = int64[1] {9}> () y = Slice (x, s, e)"),
+    (9, FLAT, "y, i = TopK <k = 3> (x)"),
+    (10, FLAT, "k = Constant <value = int64[1] {4}> () y, i = TopK (x, k)"),
+    (9, FLAT, "i = Constant <value = int64[2, 1] {3, 7}> () u = Constant <value = float[2, 1] {5.0, 6.0}> () "
+              "y = Scatter <axis = 1> (x, i, u)"),
+    (8, IMAGE, "s = Constant <value = float[4] {1.0, 2.0, 0.5, 1.0}> () y = BatchNormalization (x, s, s, s, s)"),
+    (7, IMAGE, "s = Constant <value = float[4] {1.0, 2.0, 0.5, 1.0}> () "
+               "y = BatchNormalization <spatial = 1> (x, s, s, s, s)"),
+    (7, FLAT, "y = Softmax (x)"),
+    (8, IMAGE, "a = MaxPool <kernel_shape = [2, 2]> (x) y = Dropout <ratio = 0.4> (a)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("opset", "shape", "body"), OLD, ids=[f"{case[0]}-{case[2][:40]}" for case in OLD])
+def test_older_opsets_are_raised_to_one_that_can_be_added_to(opset, shape, body):
+    """The raised graph is of opset 11, in ONNX Runtime what the old one is there, and what torch makes of it."""
+    text = f"""<ir_version: 4, opset_import: ["" : {opset}]>
+        g (float[n, {", ".join(map(str, shape[1:]))}] x) => (float[] y) {{ {body} }}"""
+    model = parser.parse_model(text.replace("'", '"'))
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    with open_graph(model.SerializeToString(), {}) as session:
+        expected = session.run({"x": x})["y"]
+    raised = graph(model.SerializeToString())
+    assert raised.opset == 11
+    with open_graph(write(raised), {}) as session:
+        np.testing.assert_allclose(session.run({"x": x})["y"], expected, atol=1e-6)
+    if "Scatter" not in body:  # it is not trained
+        with torch.no_grad():
+            np.testing.assert_allclose(Network(raised).eval()(torch.from_numpy(x)).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("opset", "body", "said"), [
+    (6, "y = Relu (x)", "opset is 6"),
+    (7, "s = Constant <value = float[4] {1.0, 2.0, 0.5, 1.0}> () y = BatchNormalization <spatial = 0> (x, s, s, s, s)",
+     "BatchNormalization node .* opset 11"),
+    (9, "y = Upsample (x)", "Upsample node .* opset 11"),
+    (9, "y = Pad (x)", "Pad node .* opset 11"),
+    (8, "y = Slice (x)", "Slice node .* opset 11"),
+    (8, "y, i = TopK (x)", "TopK node .* opset 11"),
+])  # fmt: skip
+def test_what_cannot_be_raised_is_named(opset, body, said):
+    model = parser.parse_model(f'<ir_version: 4, opset_import: ["" : {opset}]> g (float[n, 4, 9, 11] x) => (float[] y) '
+                               f"{{ {body} }}")  # fmt: skip
+    with pytest.raises(ConvertError, match=said):
+        graph(model.SerializeToString())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import ModelProto, numpy_helper, parser
 from torch import nn
 
 from shoal.cli import main
@@ -153,6 +154,73 @@ def test_the_verb_splits_a_classifier_from_elsewhere(ocr_folder, tmp_path, capsy
     with Bundle.open(said["edge"]) as edge, opened(edge, "tail") as tail:
         (latent,) = tail.inputs.values()
         assert latent.dims[1] == 4
+
+
+OLD = """<ir_version: 4, opset_import: ["" : {opset}]> old (float[n, 3, 32, 32] image) => (float[n, 5] logits) {{
+    a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (image, w0)
+    r = Clip <min = 0.0, max = 6.0> (a)
+    c = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (r, w1)
+    u = {grow} (c, scales)
+    s = Add (u, r)
+    d = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (s, w2)
+    e = Relu (d)
+    p = GlobalAveragePool (e)
+    f = Flatten (p)
+    logits = MatMul (f, w3)
+}}"""
+
+
+@pytest.mark.parametrize("opset, grow", [(9, "Upsample"), (10, "Resize")])
+@pytest.mark.parametrize("cut, stem", [("d", "r"), ("r", "")], ids=["behind", "before"])
+def test_a_network_of_an_older_opset_that_samples_up(tmp_path, opset, grow, cut, stem):
+    """Before opset 11 the operators that a decoder is made of say what they do in another way."""
+    rng, shapes = np.random.default_rng(0), {"w0": (8, 3, 3, 3), "w1": (8, 8, 3, 3), "w2": (8, 8, 3, 3), "w3": (8, 5)}
+    model = parser.parse_model(OLD.format(opset=opset, grow=grow))
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) * 0.3 for name, shape in shapes.items()}
+    arrays["scales"] = np.array([1, 1, 2, 2], np.float32)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    data = model.SerializeToString()
+    images = rng.integers(0, 256, (24, 32, 32, 3), np.uint8)
+    recipe = SplitRecipe(cut=cut, stem=stem, stride=4, latent=4, bits=(4,), epochs=1, tail_epochs=1)
+    report = train(onnx.network(data), images, None, recipe, tmp_path)
+    x = (images[:3].transpose(0, 3, 1, 2).astype(np.float32) - 127.5) / 127.5
+    with Bundle.open(report.device) as device, opened(device, "local") as local, open_graph(data, {}) as whole:
+        (expected,), (alone,) = (one.run({"image": x}).values() for one in (whole, local))
+        np.testing.assert_allclose(alone, expected, atol=1e-5)
+    with Bundle.open(report.edge) as edge, opened(edge, "tail") as tail:
+        assert next(iter(tail.inputs.values())).dims[1] == 4
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", ["squeezenet", "shufflenet", "resnet50"])
+def test_the_verb_splits_the_classics(tmp_path, capsys, name):
+    """Of opset 9 and IR version 3, as onnx carries them, with seeded weights for those that were left out."""
+    folder = Path(sys.modules["onnx"].__file__).parent / "backend" / "test" / "data" / "light"
+    (tmp_path / f"{name}.onnx").write_bytes(weighted((folder / f"light_{name}.onnx").read_bytes()))
+    np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(0, 256, (10, 224, 224, 3), np.uint8))
+    (tmp_path / "r.toml").write_text("[split]\nlatent = 4\nbatch = 4\nepochs = 1\ntail_epochs = 1\n")
+    words = ["--recipe", str(tmp_path / "r.toml"), "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path)]
+    assert main(["convert", str(tmp_path / f"{name}.onnx"), *words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["modes"][0]["bytes"] < 10_000 and Path(said["edge"]).exists()
+
+
+def weighted(data: bytes) -> bytes:
+    """The model with random weights where it makes each of one number."""
+    model, rng = ModelProto.FromString(data), np.random.default_rng(0)
+    shapes = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    readers = {name: (node.op_type, at) for node in model.graph.node for at, name in enumerate(node.input)}
+    kept = [node for node in model.graph.node if node.op_type != "ConstantOfShape"]
+    for node in model.graph.node:
+        if node.op_type == "ConstantOfShape":
+            shape, (op, at) = tuple(shapes[node.input[0]]), readers[node.output[0]]
+            norms = {1: 1.0, 2: 0.0, 3: 0.0, 4: 1.0}
+            spread = (2 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.05
+            array = np.full(shape, norms[at]) if op == "BatchNormalization" else rng.standard_normal(shape) * spread
+            model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), node.output[0]))
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model.SerializeToString()
 
 
 def test_recipes_are_read_and_refused_by_the_field(tmp_path):

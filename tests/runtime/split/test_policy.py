@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.runtime.split.modes import Mode
@@ -114,6 +114,7 @@ def test_the_device_s_own_answer_counts_as_a_mode_where_its_accuracy_is_known():
     assert reserve(Situation(modes, line, 0.1, local=Mode(0, device_ms=20.0)), Terms(guard=0.0)) == pytest.approx(0.08)
 
 
+@settings(deadline=None)
 @given(st.floats(1e4, 1e6), st.floats(0.002, 0.1), st.integers(0, 99))
 def test_bandwidth_and_round_trip_are_told_apart_by_messages_of_different_sizes(rate, rtt, seed):
     known, sizes = Knowledge.prior(), (200, 20_000, 2000)

@@ -1,9 +1,10 @@
 """A reader that chooses how well to send a line, by the time it has: python3 samples/split_reader.py
 
-Makes .venv and fetches a real network and a real photograph, as edge_camera.py does. The network is cut in two; what goes
-between is coded in 2, 4 or 8 bits a number, with tables fitted to three lines of the page. The device pairs with its edge
-over a serial cable (two pseudo-terminals, 460,800 baud), its agent keeps the link, and a client in the app reads the other
-lines with less and less time: it sends in the most accurate mode that is in time, and reads by itself where none is.
+Makes .venv and fetches a real network and a real photograph, as edge_camera.py does. The network is cut in two; what
+goes between is coded in 2, 4 or 8 bits a number, with tables fitted to three lines of the page. The device pairs with
+its edge over a serial cable (two pseudo-terminals, 460,800 baud), its agent keeps the link, and a client in the app
+reads the other lines with less and less time: it sends in the most accurate mode that is in time, and reads by itself
+where none is.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ def split(source: Path, device: Path, edge: Path, lines: list) -> None:
     """Writes both bundles. A mode's accuracy is how many letters it reads as the uncut network does, on lines that its
     tables were not fitted to."""
     import numpy as np
+
     from reader import CUT, HEIGHT, LETTERS, WIDTH
     from shoal.converters.sources.onnx import graph
     from shoal.converters.split.graph import Node, halves
@@ -57,7 +59,8 @@ def split(source: Path, device: Path, edge: Path, lines: list) -> None:
     pack({"head": head, "tail": tail}, device, "reader", modes=modes, codecs=codecs)
     pack_tail(tail, edge, "reader", modes=modes, codecs=codecs)
     for mode in modes:
-        print(f"mode {mode['id']}: {mode['bits']} bits, {mode['bytes']:6,} bytes, {mode['accuracy']:.1%} of the letters")
+        size, share = f"{mode['bytes']:6,}", f"{mode['accuracy']:.1%}"
+        print(f"mode {mode['id']}: {mode['bits']} bits, {size} bytes, {share} of the letters")
 
 
 async def main(folder: Path) -> None:
@@ -97,9 +100,12 @@ def read(device: Path, socket: Path, lines: list, known: list[str]) -> None:
     with PairedLink("reader", socket) as link, Client(device, link) as client:
         for number, deadline in enumerate(DEADLINES):
             result = client.run(lines[number % len(lines)], deadline=deadline)
-            took = 1000 * result.seconds.total
-            print(f"{1000 * deadline:5.0f} ms  {result.where:5} mode {result.mode} {result.bytes:6,} bytes {took:5.0f} ms  "
-                  f"{text(result.outputs['letters'][0], known)}" + (f"  [{result.why}]" if result.why else ""))  # fmt: skip
+            took, said = 1000 * result.seconds.total, text(result.outputs["letters"][0], known)
+            print(
+                f"{1000 * deadline:5.0f} ms  {result.where:5} mode {result.mode} {result.bytes:6,} bytes {took:5.0f} ms  "
+                + said
+                + (f"  [{result.why}]" if result.why else "")
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Graphs of opsets 7 to 10 as of opset 11, which what is written beside a network's own nodes needs.
 
-Between these opsets numbers moved from attributes to inputs, Upsample became a Resize and Scatter got a longer name; all
-other operators mean the same. The graph computes the same numbers, and its values keep their names. Each rule is of the
-standard's own change log. It runs nothing.
+Between these opsets numbers moved from attributes to inputs, Upsample became a Resize and Scatter got a longer name;
+all other operators mean the same. The graph computes the same numbers, and its values keep their names. It runs
+nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence

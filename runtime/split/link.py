@@ -132,8 +132,9 @@ def latent_shape(values: dict[str, Value], role: str) -> tuple[int, ...]:
     found = list(values.values())
     if len(found) == 1 and found[0].dtype == np.float32 and len(found[0].dims) > 1:
         inner = found[0].dims[1:]
-        if all(isinstance(dim, int) and dim > 0 for dim in inner):
-            return tuple(inner)
+        lengths = tuple(dim for dim in inner if isinstance(dim, int) and dim > 0)
+        if len(lengths) == len(inner):
+            return lengths
     what = ", ".join(f"{value.name} {value.dtype} {list(value.dims)}" for value in found)
     why = f"Its {role} has {what or 'nothing'}; a codec needs one float32 latent whose lengths are all known."
     raise BundleError("The split network cannot be used.", why, "Export it for images of one size.")

@@ -22,7 +22,7 @@ def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 def test_every_sample_is_here():
     tested = {"stream", "chat", "batch", "constrained", "embed", "budget", "elastic", "quickstart",
-              "edge_camera", "split_chat", "mixture", "train_mixture"}  # fmt: skip
+              "edge_camera", "split_reader", "split_chat", "mixture", "train_mixture"}  # fmt: skip
     support = {"environment", "models", "reader", "wires"}
     assert {path.stem for path in SAMPLES.glob("*.py")} == tested | support
 
@@ -136,6 +136,16 @@ def test_edge_camera_reads_with_and_without_a_link():
         assert "edge" in before and set(without) == {"local"} and after[-1] == "edge", said
         sent = [int(words[5].replace(",", "")) for words in lines[:cut] if words[2] == "edge"]
         assert min(sent) > 46_080, "a latent of a byte a number"
+
+
+@in_venv
+def test_split_reader_sends_as_well_as_the_time_allows():
+    lines = [line.split() for line in run(SAMPLES / "split_reader.py").stdout.splitlines()]
+    sizes = [int(words[4].replace(",", "")) for words in lines if words[0] == "mode"]
+    assert len(sizes) == 3 and sizes[0] < sizes[1] < sizes[2] < 480 * 96
+    first, *_, last = (words for words in lines if words[1] == "ms")
+    assert first[2] == "edge" and first[4] in "123" and first[9] == "unambiguously"
+    assert last[0] == "100" and len(lines) == 3 + 7
 
 
 @in_venv

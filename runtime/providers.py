@@ -99,7 +99,7 @@ def attach(options: "onnxruntime.SessionOptions", device: Listed, settings: Mapp
 def assigned(session: "onnxruntime.InferenceSession") -> list[Assigned]:
     """Every node as the engine placed it, fused ones as they are now."""
     return [
-        Assigned(part.ep_name, node.op_type, node.domain, node.name)
+        Assigned(part.ep_name.split(".")[0], node.op_type, node.domain, node.name)
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
     ]

@@ -1,4 +1,4 @@
-"""The only door to ONNX Runtime: open a graph whose weights stay mapped where they are, run it, say who ran what.
+"""The door to ONNX Runtime: open a graph whose weights stay mapped where they are, run it, say who ran what.
 
 A graph names its weights by section; `open_graph` checks that it reaches nothing else (see onnx_wire.py), points it at
 the real files and opens it with every silent fallback off. Every failure leaves as a ShoalError. This module knows

@@ -115,8 +115,8 @@ def open_graph(
     """
     if device is None:
         opened = session.open_graph(graph, places, dims=dims, threads=threads, profile=profile)
-        cpu = Device("cpu", "onnxruntime", providers.listed(CPU)[0])
-        return opened, _placed(cpu, graph, places, dims, opened.assigned(), [])
+        nodes = tuple(placement.Node(one.name, one.op, one.domain, one.provider) for one in opened.assigned())
+        return opened, Placement("cpu", CPU, nodes)
     before = survey(device, graph, places, dims, max(patience, 1.0))
     before.check(share)
     if device.library:

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from shoal.runtime import backends, providers
+from shoal.runtime import backends, providers, session
 from shoal.runtime.backends import PLUGINS, probe
+from shoal.runtime.backends.provider import Device
 from shoal.runtime.errors import BackendError, UsageError
 from shoal.runtime.providers import CPU
 
@@ -112,3 +113,33 @@ def test_a_built_in_provider_is_tried_too():
     found, library = probe.devices(CPU, kinds=("cpu",))
     assert [(listed.provider, listed.kind, fault) for listed, fault in found] == [(CPU, "cpu", "")] and library == ""
     assert probe.devices("NoSuchExecutionProvider") == ([], "")
+
+
+@pytest.fixture
+def cpu():
+    """The CPU as any other device is asked: through a child."""
+    return Device("cpu", "onnxruntime", providers.listed(CPU)[0])
+
+
+def test_a_graph_is_surveyed_in_a_child_with_its_weights_where_they_are(cpu, small):
+    placement = backends.survey(cpu, small.graph, small.places)
+    with session.open_graph(small.graph, small.places) as graph:
+        assert [(node.name, node.op, node.provider) for node in placement.nodes] == [
+            (node.name, node.op, node.provider) for node in graph.assigned()
+        ]
+    assert placement.share == 1 and len(placement.nodes) == 4
+
+
+def test_a_library_that_dies_of_a_graph_takes_nothing_along(cpu, small, monkeypatch):
+    for child, said in (("import os; os.abort()", "dies of SIGABRT"), ("print(1)", "ends with status 0"),
+                        ("print('{}')", "answers what is no placement")):  # fmt: skip
+        monkeypatch.setattr(probe, "_CHILD", child)
+        with pytest.raises(BackendError) as refused:
+            backends.open_graph(cpu, small.graph, small.places)
+        assert said in refused.value.why
+
+
+def test_a_graph_that_the_engine_refuses_is_refused_in_its_words(cpu, small):
+    broken = small.graph.replace(b"MatMulNBits", b"MatMulNBats")
+    with pytest.raises(BackendError, match="MatMulNBats"):
+        backends.survey(cpu, broken, small.places)

@@ -102,9 +102,8 @@ def read(device: Path, socket: Path, lines: list, known: list[str]) -> None:
             result = client.run(lines[number % len(lines)], deadline=deadline)
             took, said = 1000 * result.seconds.total, text(result.outputs["letters"][0], known)
             print(
-                f"{1000 * deadline:5.0f} ms  {result.where:5} mode {result.mode} {result.bytes:6,} bytes {took:5.0f} ms  "
-                + said
-                + (f"  [{result.why}]" if result.why else "")
+                f"{1000 * deadline:5.0f} ms  {result.where:5} mode {result.mode} {result.bytes:6,} bytes"
+                f" {took:5.0f} ms  {said}" + (f"  [{result.why}]" if result.why else "")
             )
 
 

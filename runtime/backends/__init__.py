@@ -96,9 +96,17 @@ def survey(
 ) -> Placement:  # fmt: skip
     """Which nodes of a graph `device` takes, and why not the others, by its provider's own word; in a child process,
     within `seconds`. The arguments are those of session.open_graph. Raises BackendError where the provider refuses the
-    graph as a whole, dies of it or hangs."""
+    graph as a whole, dies of it or hangs, BundleError for a graph that is not one."""
+    model = session.read(graph, places)
     assigned, messages = probe.survey(graph, places, device.listed, device.library, device.settings, dims, seconds)
-    return _placed(device, graph, places, dims, assigned, messages)
+    given = {dim for port in ports(model)[0] for dim in port.dims if not isinstance(dim, int)}
+    static = not given - set(dims or {})
+    inputs = {(node.op, node.name): node.inputs for node in model.nodes}
+
+    def judge(node: Assigned) -> Verdict:
+        return supports(device, Operator(node.op, node.domain, inputs.get((node.op, node.name), ()), static))
+
+    return placement.place(device.backend, device.listed.provider, assigned, messages, judge)
 
 
 def open_graph(
@@ -125,9 +133,10 @@ def open_graph(
     opened = session.open_graph(graph, places, threads=threads, target=target, dims=dims, profile=profile)
     try:
         # What counts is this session, not the rehearsal; reasons are the rehearsal's
-        said = {(node.op, node.domain, node.name): node for node in before.nodes}
+        said = {(node.provider, node.op, node.domain, node.name): node for node in before.nodes}
         nodes = tuple(
-            said.get((one.op, one.domain, one.name), None) or placement.Node(one.name, one.op, one.domain, one.provider)
+            said.get((one.provider, one.op, one.domain, one.name))
+            or placement.Node(one.name, one.op, one.domain, one.provider)
             for one in opened.assigned()
         )
         found = Placement(device.backend, device.listed.provider, nodes)
@@ -197,18 +206,6 @@ def _look(
 
 def _of_kind(ep: str, kind: str) -> providers.Listed:
     return providers.Listed(ep, kind, "", 0, 0, "")
-
-
-def _placed(device: Device, graph: bytes, places, dims, assigned: list[Assigned], messages: list[str]) -> Placement:
-    model = session.read(graph, places)
-    given = {dim for port in ports(model)[0] for dim in port.dims if not isinstance(dim, int)}
-    static = not given - set(dims or {})
-    inputs = {(node.op, node.name): node.inputs for node in model.nodes}
-
-    def judge(node: Assigned) -> Verdict:
-        return supports(device, Operator(node.op, node.domain, inputs.get((node.op, node.name), ()), static))
-
-    return placement.place(device.backend, device.listed.provider, assigned, messages, judge)
 
 
 def _module(name: str):

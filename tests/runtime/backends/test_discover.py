@@ -7,7 +7,7 @@ import pytest
 from shoal.runtime import backends, providers, session
 from shoal.runtime.backends import PLUGINS, probe
 from shoal.runtime.backends.provider import Device
-from shoal.runtime.errors import BackendError, UsageError
+from shoal.runtime.errors import BackendError, BundleError, UsageError
 from shoal.runtime.providers import CPU
 
 
@@ -137,6 +137,11 @@ def test_a_library_that_dies_of_a_graph_takes_nothing_along(cpu, small, monkeypa
         with pytest.raises(BackendError) as refused:
             backends.open_graph(cpu, small.graph, small.places)
         assert said in refused.value.why
+
+
+def test_what_is_no_graph_is_the_bundle_s_fault(cpu):
+    with pytest.raises(BundleError):
+        backends.open_graph(cpu, b"no graph", {})
 
 
 def test_a_graph_that_the_engine_refuses_is_refused_in_its_words(cpu, small):

@@ -71,7 +71,7 @@ class Writer:
     def weight(self, name: str, array: np.ndarray) -> ir.Value:
         """The initializer `name`, made at its first use."""
         if name not in self.weights:
-            array = np.ascontiguousarray(array)
+            array = np.asarray(array, order="C")  # of no axes too
             tensor = ir.tensor(array, name=name)
             self.weights[name] = ir.Value(
                 name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)

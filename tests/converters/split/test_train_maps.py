@@ -15,7 +15,7 @@ from shoal.converters.split.network import export
 from shoal.converters.split.recipe import SplitRecipe
 from shoal.converters.split.train import train
 from shoal.runtime.bundle import Bundle
-from shoal.runtime.errors import UsageError
+from shoal.runtime.errors import ConvertError, UsageError
 from shoal.runtime.session import open_graph
 from shoal.runtime.split import modes
 from shoal.runtime.split.client import Client
@@ -96,6 +96,19 @@ def test_a_measure_of_one_s_own_and_no_filter(detector, scenes, tmp_path):
     for changes, said in (({"measure": "classes"}, "classes"), ({"recall": 1.0}, "recall"), ({"measure": "x"}, "measure")):
         with pytest.raises(UsageError, match=said):
             train(network, scenes[:40], None, SplitRecipe(**{"cut": "3", **changes}), tmp_path)
+
+
+def test_a_network_of_several_answers_is_refused_before_anything_is_trained(detector, scenes, tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = detector
+
+        def forward(self, x):
+            return self.one(x), self.one(x) * 2
+
+    with pytest.raises(ConvertError, match="not one of each"):
+        train(torch_module.network(Two(), torch.zeros(2, 3, 32, 32)), scenes[:9], None, SplitRecipe(), tmp_path)
 
 
 def test_the_verb_splits_a_text_detector_where_it_finds_a_cut(ocr_folder, tmp_path, capsys):

@@ -22,8 +22,8 @@ def classes(outputs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pixels(outputs: np.ndarray, uncut: np.ndarray) -> float:
-    """Of maps [n, 1, h, w]: F1 of the pixels above 0.5, over all rows. Of several channels: the part of the pixels whose
-    highest channel is the same."""
+    """Of maps [n, 1, h, w]: F1 of the pixels above 0.5, over all rows. Of several channels: the part of the pixels
+    whose highest channel is the same."""
     if outputs.shape[1] > 1:
         return float((outputs.argmax(1) == uncut.argmax(1)).mean())
     found, wanted = outputs > 0.5, uncut > 0.5
@@ -51,8 +51,8 @@ def present(uncut: np.ndarray) -> np.ndarray:
 
 
 def named(name: str, shape: tuple[int, ...]) -> Agreement:
-    """The measure of that name, "" for the one of answers of this shape [...] without the batch. Raises UsageError where
-    it is none of these."""
+    """The measure of that name, "" for the usual one of answers of this shape [...], without the batch. Raises
+    UsageError where it is not for such answers."""
     dense = len(shape) == 3
     name = name or ("pixels" if dense else "classes")
     if dense != (name != "classes") or (name == "boxes" and shape[0] != 1):

@@ -102,7 +102,8 @@ def table(
             sizes, outputs = answers(student, found, kept)
             name = f"e{choice}b{found.bits}"
             number = choice if student.choices > 1 else 0
-            modes.append(Mode(len(modes) + 1, number, name, found.bits, float(sizes.mean()), taken, worth(outputs), found))
+            size = float(sizes.mean())
+            modes.append(Mode(len(modes) + 1, number, name, found.bits, size, taken, worth(outputs), found))
     return modes
 
 

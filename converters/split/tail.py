@@ -59,7 +59,8 @@ def pack(
     of all. `modes` are the operating points: {id, encoder, codec, bits, bytes, device_ms, accuracy, tail_ms}, the same
     in a device's bundle and in its edge's; `codecs` are the tables that they name (Tables.to_bytes()), `local` is
     {device_ms, accuracy} of the answer that a device computes alone. A head with a filter has a second output `score`,
-    fp32 [n], and a `threshold` below which nothing is sent. They go to the sections "modes", as JSON, and "codec". Raises ConvertError, StorageError and UsageError; `out` then is as it was.
+    fp32 [n], and a `threshold` below which nothing is sent. They go to the sections "modes", as JSON, and "codec".
+    Raises ConvertError, StorageError and UsageError; `out` then is as it was.
     """
     if not graphs or not set(graphs) <= set(ROLES):
         why = f"The graphs' roles are {', '.join(graphs) or 'none'}."

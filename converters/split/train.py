@@ -1,7 +1,8 @@
 """A network and pictures become a split network: a device's bundle and an edge's, with every mode measured.
 
 A straight line: cut, distil, tune the tail for the frozen encoder, train a filter if there is to be one, write head and
-tail as graphs, measure each mode on held-out rows, pack. Everything that took long is kept in a folder of checkpoints, from which a second try goes on.
+tail as graphs, measure each mode on held-out rows, pack. Everything that took long is kept in a folder of checkpoints,
+from which a second try goes on.
 """
 
 import hashlib
@@ -82,9 +83,10 @@ def train(
 
     Labels are classes, by which modes are measured; where the output is maps, they say whether there is anything in a
     picture, by default what the uncut network finds. `measure` takes outputs and the uncut network's, instead of the
-    recipe's. Writes NAME.device.shoal (head, local answer, codecs, modes) and NAME.edge.shoal (tail, codecs, modes) to `folder`,
-    checkpoints beside them. `local` is the ModelProto of what the device answers without an edge, by default the uncut
-    network. Raises ConvertError where the cut is none, UsageError, StorageError.
+    recipe's. Writes NAME.device.shoal (head, local answer, codecs, modes) and NAME.edge.shoal (tail, codecs, modes) to
+    `folder`, checkpoints beside them. `local` is the ModelProto of what the device answers without an edge, by default
+    the uncut network. Raises ConvertError where the cut is none or the network has not one input and one output,
+    UsageError, StorageError.
     """
     folder, name = Path(folder), name or "split"
     network = network.eval().requires_grad_(False)

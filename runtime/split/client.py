@@ -50,9 +50,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Result:
-    """`where` is "edge" or "local": who computed the outputs; or "filtered": nobody, for the head's filter found nothing
-    in the images, and there are none. `mode` and `bytes` are of the message that was sent, both 0 where none was; `why`
-    says what kept the edge from answering, "" where nothing did."""
+    """`where` is "edge" or "local": who computed the outputs; or "filtered": nobody, and there are none, for the head's
+    filter found nothing in the images. `mode` and `bytes` are of the message that was sent, both 0 where none was;
+    `why` says what kept the edge from answering, "" where nothing did."""
 
     outputs: dict[str, np.ndarray]
     where: str

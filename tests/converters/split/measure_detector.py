@@ -31,7 +31,8 @@ SIDE, TRAIN, HELD = 192, 1000, 800
 WORDS = "EXIT open Sale platform 12:45 No entry Market STOP Room 307 bakery 49.90 Please wait Line 6 north gate".split()
 RECIPE = SplitRecipe(
     cut="hardswish_62.tmp_0", stem="hardswish_62.tmp_0", encoder="linear", latent=12, stride=2, bits=(2, 4), epochs=6,
-    batch=20, rate=2e-3, tail_epochs=1, tail_rate=3e-4, held=HELD / (TRAIN + HELD), shuffle=False, measure="boxes", recall=0.95,
+    batch=20, rate=2e-3, tail_epochs=1, tail_rate=3e-4, held=HELD / (TRAIN + HELD), shuffle=False, measure="boxes",
+    recall=0.95,
 )  # fmt: skip
 
 

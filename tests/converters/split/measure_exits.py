@@ -2,9 +2,9 @@
 
     python tests/converters/split/measure_exits.py DATA.npz FOLDER
 
-FOLDER is measure_cifar.py's: what the stem gives of all pictures, and the uncut network's answers. Of the 5,000 training
-pictures 4,000, with their changed copies, train the exit and 1,000 fit its temperature; the 3,000 test pictures are
-reported on, of which neither saw any.
+FOLDER is measure_cifar.py's: what the stem gives of all pictures, and the uncut network's answers. Of the 5,000
+training pictures 4,000, with their changed copies, train the exit and 1,000 fit its temperature; the 3,000 test
+pictures are reported on, of which neither saw any.
 """
 
 import json

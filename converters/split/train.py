@@ -253,7 +253,7 @@ def _gate(recipe: SplitRecipe, rows: Rows, held: Rows, folder: Path, progress: P
         raise UsageError("A classifier gets no filter.", why, "Leave recall out of the recipe.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = NeuralFilter(rows.arrays["input"].shape[1:], anywhere=True)
+        network = NeuralFilter(rows.arrays["input"].shape[1:], width=16, anywhere=True)
     schedule = Schedule(recipe.epochs, recipe.batch, recipe.rate, cosine=True, seed=recipe.seed)
     distil.fit(network, list(network.parameters()), filter_loss(network), rows, schedule, stage="filter",
                checkpoint=folder / f"{_key(network, recipe, rows)}.filter.pt", progress=progress)  # fmt: skip

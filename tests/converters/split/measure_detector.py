@@ -4,15 +4,16 @@
 
 PHOTOGRAPHS is a folder of pictures; every third of them is held out with all its frames, so nothing that measures comes
 from a photograph that trained. Half of the frames have one to three lines of text, which are the objects; a frame with
-none in which the detector finds some anyway is left out. Stages, in their order by default: frames (frames.npz), split
-(the recipe, by the verb's own function), measure (results.json: bundles through the client, JPEG at every quality).
-Needs Pillow.
+none in which the detector finds some anyway is left out. Stages, in their order by default: frames (frames.npz), levels
+and entropic (the recipes, by the verb's own function), measure (results.json: bundles through the client, JPEG at
+several qualities). Needs Pillow.
 """
 
 import io
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,13 @@ from shoal.runtime.split.policy import fixed
 
 SIDE, TRAIN, HELD = 192, 1000, 800
 WORDS = "EXIT open Sale platform 12:45 No entry Market STOP Room 307 bakery 49.90 Please wait Line 6 north gate".split()
-RECIPE = SplitRecipe(
+LEVELS = SplitRecipe(
     cut="hardswish_62.tmp_0", stem="hardswish_62.tmp_0", encoder="linear", latent=12, stride=2, bits=(2, 4), epochs=6,
     batch=20, rate=2e-3, tail_epochs=1, tail_rate=3e-4, held=HELD / (TRAIN + HELD), shuffle=False, measure="boxes",
     recall=0.95,
 )  # fmt: skip
+RECIPES = {"levels": LEVELS, "entropic": replace(LEVELS, beta=20.0, rate=8e-3, epochs=5, recall=0.0)}
+QUALITIES = (75, 30, 20, 10, 5, 2)
 
 
 def frames(photographs: Path, detector: Path) -> dict[str, np.ndarray]:
@@ -102,17 +105,17 @@ def run(session, pixels: np.ndarray) -> np.ndarray:
 
 
 def scaled(pixels: np.ndarray) -> np.ndarray:
-    return ((pixels.transpose(0, 3, 1, 2).astype(np.float32) - RECIPE.mean) / RECIPE.deviation).astype(np.float32)
+    return ((pixels.transpose(0, 3, 1, 2).astype(np.float32) - LEVELS.mean) / LEVELS.deviation).astype(np.float32)
 
 
-def jpeg(pixels: np.ndarray, quality: int) -> tuple[list[int], np.ndarray]:
+def jpeg(pixels: np.ndarray, quality: int) -> tuple[np.ndarray, np.ndarray]:
     sizes, back = [], []
     for one in pixels:
         file = io.BytesIO()
         Image.fromarray(one).save(file, "JPEG", quality=quality, optimize=True)
         sizes.append(file.tell())
         back.append(np.asarray(Image.open(file).convert("RGB")))
-    return sizes, np.stack(back)
+    return np.array(sizes), np.stack(back)
 
 
 def measure(detector: Path, folder: Path) -> dict:
@@ -122,43 +125,56 @@ def measure(detector: Path, folder: Path) -> dict:
     images, there = images[half:], labels[half:].astype(bool)
     with open_graph(detector.read_bytes(), {}, threads=1) as session:
         uncut = np.concatenate([run(session, one[None]) for one in images])
-        found = {"frames": len(images), "with text": int(there.sum()), "jpeg": {}, "modes": {}}
         finds = np.array([len(agreement.regions(one[0])[0]) > 0 for one in uncut])
-        found["the detector finds it"] = [float(finds[there].mean()), float(finds[~there].mean())]
-        for quality in (75, 50, 30, 20, 10, 5, 2):
+        found = {"frames": len(images), "with text": int(there.sum()), "jpeg": {}}
+        found["the detector finds some"] = [float(finds[there].mean()), float(finds[~there].mean())]
+        for quality in QUALITIES:
             sizes, back = jpeg(images, quality)
             maps = np.concatenate([run(session, one[None]) for one in back])
-            found["jpeg"][quality] = {"bytes": float(np.mean(sizes)), "hmean": agreement.boxes(maps, uncut)}
-    with Edge(folder / "text.edge.shoal", threads=1) as edge:
-        for mode in edge.table.modes:
-            with Client(folder / "text.device.shoal", Direct(edge), choose=fixed(mode.id), threads=1) as client:
-                results = [client.run(scaled(one[None]), deadline=60) for one in images]
-            sent = np.array([result.where == "edge" for result in results])
-            size = np.array([result.bytes for result in results])
-            maps = np.concatenate([next(iter(result.outputs.values()), np.zeros_like(uncut[:1])) for result in results])
-            found["modes"][mode.codec] = {
-                "sent of frames with text": float(sent[there].mean()),
-                "sent of frames without": float(sent[~there].mean()),
-                "bytes where sent": float(size[sent].mean()),
-                "bytes a frame with text": float(size[there].mean()),
-                "bytes a frame without": float(size[~there].mean()),
-                "hmean": agreement.boxes(maps, uncut),
-                "hmean where sent": agreement.boxes(maps[sent], uncut[sent]),
-                "head ms": 1e3 * float(np.median([result.seconds.head for result in results])),
-            }
+            row = {"bytes": sizes.mean(), "bytes with text": sizes[there].mean(), "hmean": agreement.boxes(maps, uncut)}
+            found["jpeg"][quality] = {key: float(value) for key, value in row.items()}
+    for name in RECIPES:
+        with Edge(folder / f"{name}.edge.shoal", threads=1) as edge:
+            for mode in edge.table.modes:
+                with Client(folder / f"{name}.device.shoal", Direct(edge), choose=fixed(mode.id), threads=1) as client:
+                    results = [client.run(scaled(one[None]), deadline=60) for one in images]
+                found[f"{name} {mode.codec}"] = said(results, uncut, there)
     return found
+
+
+def said(results: list, uncut: np.ndarray, there: np.ndarray) -> dict:
+    sent = np.array([result.where == "edge" for result in results])
+    size = np.array([result.bytes for result in results])
+    maps = np.concatenate([next(iter(result.outputs.values()), np.zeros_like(uncut[:1])) for result in results])
+    return {
+        "sent of frames with text": float(sent[there].mean()),
+        "sent of frames without": float(sent[~there].mean()),
+        "bytes where sent": float(size[sent].mean()),
+        "bytes a frame with text": float(size[there].mean()),
+        "bytes a frame without": float(size[~there].mean()),
+        "hmean": agreement.boxes(maps, uncut),
+        "hmean where sent": agreement.boxes(maps[sent], uncut[sent]),
+        "head ms": 1e3 * float(np.median([result.seconds.head for result in results])),
+    }
 
 
 def main(detector, photographs, folder, *stages):
     detector, folder = Path(detector), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages or ("frames", "split", "measure"):
+    for stage in stages or ("frames", *RECIPES, "measure"):
         begun = time.time()
         if stage == "frames":
             np.savez_compressed(folder / "frames.npz", **frames(Path(photographs), detector))
-        elif stage == "split":
-            report = train(network(detector), *read(folder / "frames.npz"), RECIPE, folder, name="text", overwrite=True,
-                           progress=lambda e: print(e.stage, e.done, e.total, e.detail, flush=True))  # fmt: skip
+        elif stage in RECIPES:
+            report = train(
+                network(detector),
+                *read(folder / "frames.npz"),
+                RECIPES[stage],
+                folder,
+                name=stage,
+                overwrite=True,
+                progress=lambda e: print(e.stage, e.done, e.total, e.detail, flush=True),
+            )
             print(report)
         else:
             found = measure(detector, folder)

@@ -233,7 +233,8 @@ def stage2(
 ) -> Loss:
     """Cross-entropy (`alpha` 1), or with the teacher's answers beside it: alpha CE + (1 - alpha) KL at temperature 1. A
     batch has "latent" (or one for each choice: "latent1", ...), "outputs" of the teacher and "label" where alpha > 0.
-    Each step draws one of `modes`, (choice, bits)."""
+    Outputs that are no logits [n, classes] are distilled as features are, whatever `alpha` is. Each step draws one of
+    `modes`, (choice, bits)."""
 
     def loss(batch: Batch, generator: torch.Generator) -> torch.Tensor:
         choice, bits = modes[int(torch.randint(len(modes), (), generator=generator))]
@@ -242,6 +243,8 @@ def stage2(
             latent = student.send(batch[named if named in batch else "latent"], bits, choice)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = student.tail(student.decoder(latent)).float()
+        if logits.ndim != 2:
+            return distance({"outputs": logits}, batch, ("outputs",))
         total = torch.zeros(())
         if alpha:
             total = total + alpha * F.cross_entropy(logits, batch["label"].long())

@@ -17,11 +17,18 @@ from shoal.runtime.errors import UsageError
 
 class Exit(nn.Module):
     """A feature fp32 [n, channels, ...] to logits [n, classes]: a hidden layer where `hidden` is not 0, then the mean
-    over positions and a linear layer. `temperature` divides the logits and leaves the answer as it is."""
+    over positions and a linear layer. An early feature of a deep network knows little of classes by itself: `halvings`
+    convolutions of `hidden` channels and stride 2 take the layer's place. `temperature` divides the logits and leaves
+    the answer as it is."""
 
-    def __init__(self, channels: int, classes: int, hidden: int = 0):
+    def __init__(self, channels: int, classes: int, hidden: int = 0, halvings: int = 0):
         super().__init__()
-        layers = [nn.Conv2d(channels, hidden, 1), nn.ReLU()] if hidden else []
+        layers: list[nn.Module] = []
+        for at in range(halvings):
+            inner = hidden if at else channels
+            layers += [nn.Conv2d(inner, hidden, 3, 2, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU()]
+        if hidden and not halvings:
+            layers = [nn.Conv2d(channels, hidden, 1), nn.ReLU()]
         self.layers = nn.Sequential(
             *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(hidden or channels, classes)
         )

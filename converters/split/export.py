@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from shoal.runtime.errors import ConvertError
+from shoal.runtime.split.modes import SCORE
 
 from .bottleneck import Crop, Gdn1
 from .graph import Graph
@@ -70,7 +71,7 @@ class Writer:
     def weight(self, name: str, array: np.ndarray) -> ir.Value:
         """The initializer `name`, made at its first use."""
         if name not in self.weights:
-            array = np.ascontiguousarray(array)
+            array = np.asarray(array, order="C")  # of no axes too
             tensor = ir.tensor(array, name=name)
             self.weights[name] = ir.Value(
                 name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
@@ -125,10 +126,11 @@ def head(
     *,
     stem: nn.Module | None = None,
     name: str = "image",
+    gate: nn.Module | None = None,
 ) -> bytes:
     """ModelProto of a head: `name` fp32 [n, *image], and `encoder` int64 [] where there are choices, from 1 (beyond the
-    last, the last; below 1, the first), to `latent` fp32 [n, *latent]. Raises ConvertError for a module that cannot be
-    written."""
+    last, the last; below 1, the first), to `latent` fp32 [n, *latent]. With a filter as its `gate` also to `score` fp32
+    [n], the chance that there is something in a row. Raises ConvertError for a module that cannot be written."""
     writer, inputs = Writer(_opset(stem)), [_port(name, image)]
     x = emit(writer, stem, inputs[0], "stem") if stem is not None else inputs[0]
     choices = getattr(encoder, "choices", 1)
@@ -145,8 +147,12 @@ def head(
             raise _refuse(f"{type(encoder).__name__} has choices that are neither members nor widths")
     else:
         y = emit(writer, encoder, x, "encoder")
-    y = writer.op("Identity", y, name="latent")
-    return model(writer, inputs, [_shaped(y, latent)], "head")
+    outputs = [_shaped(writer.op("Identity", y, name="latent"), latent)]
+    if gate is not None:
+        chances = writer.op("Softmax", emit(writer, gate, x, "filter"), axis=1)
+        something = writer.weight("something", np.array(1, np.int64))
+        outputs.append(_shaped(writer.op("Gather", chances, something, axis=1, name=SCORE), ()))
+    return model(writer, inputs, outputs, "head")
 
 
 def network(
@@ -339,6 +345,8 @@ def _module(writer: Writer, layer: nn.Module, x: ir.Value, name: str) -> ir.Valu
             return writer.op("AveragePool", x, kernel_shape=kernel, strides=stride, pads=pads, count_include_pad=1)
         case nn.AdaptiveAvgPool2d(output_size=1 | (1, 1)):
             return writer.op("GlobalAveragePool", x)
+        case nn.AdaptiveMaxPool2d(output_size=1 | (1, 1)):
+            return writer.op("GlobalMaxPool", x)
         case nn.Flatten(start_dim=1, end_dim=-1):
             return writer.op("Flatten", x)
         case nn.Upsample(mode="nearest", scale_factor=float(factor)):

@@ -1,13 +1,13 @@
 """What each mode of a split network costs and is worth, measured on held-out rows: a message for each, decoded again.
 
 A mode is a choice of the encoder and tables for its latents. Bytes are those of the runtime's codec, one latent a
-message, everything that goes over the link counted; accuracy is of what the tail makes of the decoded message. It
-trains nothing.
+message, everything that goes over the link counted; accuracy is of what the tail makes of the decoded message, by
+whatever measure (agreement.py). It trains nothing.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from shoal.runtime.split.codec import Codec
 from shoal.runtime.split.tables import Tables
 
+from . import agreement
 from .distil import Rows, Student
 from .entropic import FactorisedPrior
 from .slimmable import Levels
@@ -86,9 +87,12 @@ def table(
     bits: Sequence[int],
     graph: bytes | None = None,
     shape: Sequence[int] = (),
+    worth: Callable[[np.ndarray], float] | None = None,
 ) -> list[Mode]:
-    """Every choice times every number of bits (with a prior: its own). `held` has "label". With the head's ModelProto
-    and an image's shape, its time by choice is measured as well."""
+    """Every choice times every number of bits (with a prior: its own). With the head's ModelProto and an image's shape,
+    its time by choice is measured as well. `worth` says what the outputs of the held-out rows are, from 0 to 1; by
+    default it is the part of them that is right by "label"."""
+    worth = worth or (lambda outputs: agreement.classes(outputs, held.arrays["label"]))
     modes: list[Mode] = []
     for choice in range(1, student.choices + 1):
         learnt, kept = latents(student, train, choice), latents(student, held, choice)
@@ -96,10 +100,10 @@ def table(
         for wanted in (0,) if isinstance(student.channel, FactorisedPrior) else bits:
             found = tables(student, learnt, choice, wanted)
             sizes, outputs = answers(student, found, kept)
-            right = float((outputs.argmax(1) == held.arrays["label"]).mean())
             name = f"e{choice}b{found.bits}"
             number = choice if student.choices > 1 else 0
-            modes.append(Mode(len(modes) + 1, number, name, found.bits, float(sizes.mean()), taken, right, found))
+            size = float(sizes.mean())
+            modes.append(Mode(len(modes) + 1, number, name, found.bits, size, taken, worth(outputs), found))
     return modes
 
 

@@ -4,6 +4,8 @@ After Matsubara and Levorato (2020). The threshold is read off held-out rows so 
 something in them passes; what it really passes is to be measured on others. It knows nothing about detectors.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -11,30 +13,38 @@ from torch.nn import functional as F
 
 from shoal.runtime.errors import UsageError
 
-from .distil import Batch, Loss
+from .distil import Batch, Loss, Rows
+
+_BATCH = 250
 
 
 class NeuralFilter(nn.Module):
-    """A feature fp32 [n, channels, h, w] to logits [n, 2]: nothing, something. The paper's has `side` 64 and `width`
-    64; a side that the feature has not is not pooled up to."""
+    """A feature fp32 [n, *feature], (channels, h, w), to logits [n, 2]: nothing, something. The paper's has `side` 64,
+    to which a larger feature is averaged, and `width` 64. Its answer is for each of 8 x 8 places; `anywhere` looks for
+    the strongest one instead, wherever it is, which needs fewer pictures to learn from."""
 
-    def __init__(self, channels: int, side: int = 64, width: int = 64):
+    def __init__(self, feature: Sequence[int], side: int = 64, width: int = 64, anywhere: bool = False):
         super().__init__()
+        channels, height, length = feature
         half, quarter = max(width // 2, 1), max(width // 4, 1)
-        self.side = side
+        factor = max(min(height, length) // side, 1)
         self.layers = nn.Sequential(
+            *[nn.AvgPool2d(factor)] * (factor > 1),
             nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
             nn.Conv2d(width, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU(),
             nn.Conv2d(half, quarter, 2, bias=False), nn.BatchNorm2d(quarter), nn.ReLU(),
         )  # fmt: skip
-        self.pool = max(side // 32, 1)
-        self.linear = nn.LazyLinear(2)
+        sides = [((side // factor // 2 + 1) // 2) - 1 for side in (height, length)]
+        if min(sides) < 1:
+            why = f"The feature is {list(feature)}."
+            raise UsageError("There is no filter on a feature so small.", why, "Take an earlier one.")
+        pool = min(max(side // 32, 1), *sides)
+        numbers = quarter * (1 if anywhere else (sides[0] // pool) * (sides[1] // pool))
+        self.layers.append(nn.AdaptiveMaxPool2d(1) if anywhere else nn.AvgPool2d(pool))
+        self.layers.extend([nn.Flatten(1), nn.Linear(numbers, 2)])
 
     def forward(self, feature):
-        if feature.shape[-1] > self.side:  # an average whose windows are equal, which every exporter knows
-            feature = F.avg_pool2d(feature, feature.shape[-1] // self.side)
-        found = self.layers(feature)
-        return self.linear(F.avg_pool2d(found, min(self.pool, found.shape[-1], found.shape[-2])).flatten(1))
+        return self.layers(feature)
 
 
 def filter_loss(network: NeuralFilter) -> Loss:
@@ -44,6 +54,13 @@ def filter_loss(network: NeuralFilter) -> Loss:
         return F.cross_entropy(network(batch["input"]), batch["label"].long())
 
     return loss
+
+
+@torch.no_grad()
+def scores(network: NeuralFilter, rows: Rows) -> np.ndarray:
+    """fp32 [n]: how likely there is something in each row, as the head's output `score` says."""
+    network.eval()
+    return np.concatenate([network(batch["input"]).softmax(1)[:, 1].numpy() for batch in rows.batches(_BATCH)])
 
 
 def threshold_for(scores: np.ndarray, present: np.ndarray, recall: float) -> float:
@@ -57,7 +74,12 @@ def threshold_for(scores: np.ndarray, present: np.ndarray, recall: float) -> flo
 
 
 def saved(scores: np.ndarray, present: np.ndarray, threshold: float) -> tuple[float, float]:
-    """(recall, the part of the rows for which nothing is sent) at a threshold, on rows that did not choose it."""
+    """(recall, the part of the rows without anything for which nothing is sent) at a threshold, on rows that did not
+    choose it; NaN where there is no such row."""
     sent = np.asarray(scores) >= threshold
     present = np.asarray(present, bool)
-    return float(sent[present].mean()), float(1 - sent.mean())
+    return _part(sent[present]), _part(~sent[~present])
+
+
+def _part(rows: np.ndarray) -> float:
+    return float(rows.mean()) if len(rows) else float("nan")

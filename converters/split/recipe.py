@@ -14,6 +14,7 @@ from shoal.runtime.errors import UsageError
 ENCODERS = ("ghnd", "bottlefit", "entropic", "separable", "thin", "linear")
 DECODERS = ("ghnd", "bottlefit", "entropic", "light")
 FITS = ("crop", "stretch", "letterbox")  # of runtime/vision/preprocess.py
+MEASURES = ("", "classes", "pixels", "boxes")
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class SplitRecipe:
     the cut's size), in `members` of an ensemble or at `widths`. `bits` are those of a latent's element, or, with `beta`
     above 0, a learned prior says how many, and `beta` is what a bit may cost in squared error of features. `epochs` and
     `rate` are of the first stage, `tail_epochs` and `tail_rate` of the second, in which labels weigh `alpha` and the
-    teacher's answers the rest. A part `held` of the rows trains nothing and measures the modes. Pictures are (x - mean)
-    / deviation of bytes; files of them are first made `size` pixels high and wide (0: what the network takes) by `fit`,
-    as runtime/vision/preprocess.py does."""
+    teacher's answers the rest. A part `held` of the rows trains nothing and measures the modes: drawn ones, or without
+    `shuffle` the last. They are measured by `measure` ("": as suits the answer's shape). With `recall` above 0 there is
+    a filter, which lets that part of the rows with something in them pass. Pictures are (x - mean) / deviation of
+    bytes; files of them are first made `size` pixels high and wide (0: what the network takes) by `fit`, as
+    runtime/vision/preprocess.py does."""
 
     cut: str = ""
     stem: str = ""
@@ -47,6 +50,9 @@ class SplitRecipe:
     tail_rate: float = 3e-4
     alpha: float = 0.5
     held: float = 0.2
+    shuffle: bool = True
+    measure: str = ""
+    recall: float = 0.0
     mirror: bool = False
     mean: float = 127.5
     deviation: float = 127.5
@@ -55,9 +61,10 @@ class SplitRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name, allowed in (("encoder", ENCODERS), ("decoder", DECODERS), ("fit", FITS)):
+        named = (("encoder", ENCODERS), ("decoder", DECODERS), ("measure", MEASURES), ("fit", FITS))
+        for name, allowed in named:
             if getattr(self, name) not in allowed:
-                raise _refuse(f"{name} is {getattr(self, name)!r}", "one of " + ", ".join(allowed))
+                raise _refuse(f"{name} is {getattr(self, name)!r}", "one of " + ", ".join(filter(None, allowed)))
         if not self.bits or not all(bits in range(1, 9) for bits in self.bits):
             raise _refuse(f"bits are {list(self.bits)}", "numbers from 1 to 8")
         if not 1 <= self.members <= 16 or (self.widths and self.members > 1):
@@ -68,6 +75,8 @@ class SplitRecipe:
             raise _refuse(f"size is {self.size}", "from 0 to 4,096 pixels")
         if not 0 < self.held < 1 or not 0 <= self.alpha <= 1 or not self.deviation:
             raise _refuse("held, alpha or deviation is out of range", "above 0 and below 1, from 0 to 1, and not 0")
+        if not 0 <= self.recall < 1:
+            raise _refuse(f"recall is {self.recall}", "0, for no filter, or a part below 1")
 
 
 def load(recipe: "str | Path | SplitRecipe", **changes: Any) -> SplitRecipe:

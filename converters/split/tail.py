@@ -22,7 +22,7 @@ from shoal.runtime.bundle import Bundle, Graph, create
 from shoal.runtime.bundle.write import SectionWriter
 from shoal.runtime.errors import BackendError, BundleError, ConvertError, UsageError
 from shoal.runtime.session import Place, Session, Value, open_graph
-from shoal.runtime.split.modes import ENCODER, ModeTable, dump, parse
+from shoal.runtime.split.modes import ENCODER, SCORE, ModeTable, dump, parse, scored
 from shoal.runtime.split.tables import Tables
 
 INLINE = 1024  # bytes of the largest tensor that stays in the graph
@@ -48,7 +48,7 @@ def pack_tail(
 def pack(
     graphs: Mapping[str, bytes | str | os.PathLike], out: str | os.PathLike, name: str = "", *, encoder: str = "",
     tables: str = "", modes: Iterable[Mapping[str, float | str]] = (), codecs: Mapping[str, bytes] | None = None,
-    local: Mapping[str, float] | None = None, overwrite: bool = False,
+    local: Mapping[str, float] | None = None, threshold: float | None = None, overwrite: bool = False,
 ) -> str:  # fmt: skip
     """Writes ONNX models (bytes, or files with their external data beside them), by role, as `out`; its digest.
 
@@ -58,8 +58,9 @@ def pack(
     with, "" where `name` (by default the first file's) says enough; of several codecs `tables` is by default the digest
     of all. `modes` are the operating points: {id, encoder, codec, bits, bytes, device_ms, accuracy, tail_ms}, the same
     in a device's bundle and in its edge's; `codecs` are the tables that they name (Tables.to_bytes()), `local` is
-    {device_ms, accuracy} of the answer that a device computes alone. They go to the sections "modes", as JSON, and
-    "codec". Raises ConvertError, StorageError and UsageError; `out` then is as it was.
+    {device_ms, accuracy} of the answer that a device computes alone. A head with a filter has a second output `score`,
+    fp32 [n], and a `threshold` below which nothing is sent. They go to the sections "modes", as JSON, and "codec".
+    Raises ConvertError, StorageError and UsageError; `out` then is as it was.
     """
     if not graphs or not set(graphs) <= set(ROLES):
         why = f"The graphs' roles are {', '.join(graphs) or 'none'}."
@@ -74,6 +75,8 @@ def pack(
     }
     if local:
         about["local"] = dict(local)
+    if threshold is not None:
+        about["threshold"] = threshold
     try:
         said = dump(about)
     except BundleError as error:
@@ -189,7 +192,8 @@ def _try(
                     _try_codecs(role, session.inputs, codecs)
                 if role == "head":
                     _try_encoders(session, table)
-                    _try_codecs(role, session.outputs, codecs)
+                    ports[role][1].pop(SCORE, None)
+                    _try_codecs(role, scored(session.outputs, table), codecs)
         except (BackendError, BundleError) as error:
             raise _refuse(role, error.why, "Export it for ONNX Runtime, opset 21 or older.") from None
     if {"head", "tail"} <= graphs.keys() and ports["head"][1] != ports["tail"][0]:

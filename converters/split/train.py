@@ -1,7 +1,8 @@
 """A network and pictures become a split network: a device's bundle and an edge's, with every mode measured.
 
-A straight line: cut, distil, tune the tail for the frozen encoder, write head and tail as graphs, measure each mode on
-held-out rows, pack. Everything that took long is kept in a folder of checkpoints, from which a second try goes on.
+A straight line: cut, distil, tune the tail for the frozen encoder, train a filter if there is to be one, write head and
+tail as graphs, measure each mode on held-out rows, pack. Everything that took long is kept in a folder of checkpoints,
+from which a second try goes on.
 """
 
 import hashlib
@@ -17,11 +18,12 @@ from torch import nn
 from shoal.runtime.errors import ConvertError, SourceError, UsageError
 from shoal.runtime.events import Event, Progress, silent
 
-from . import bottleneck, distil, export, modes
+from . import agreement, bottleneck, distil, export, modes
 from .distil import CUT, Rows, Schedule, Student
 from .entropic import FactorisedPrior
 from .graph import cuts
 from .network import Network, split
+from .neural_filter import NeuralFilter, filter_loss, saved, scores, threshold_for
 from .pictures import read_folder
 from .recipe import SplitRecipe
 from .slimmable import Ensemble, Levels, Slim, recalibrate
@@ -33,7 +35,7 @@ _BATCH = 100
 @dataclass(frozen=True)
 class Report:
     """What was made. `whole` is the accuracy of the uncut network on the held-out rows (without labels, 1: the modes'
-    are agreements with it); `encoder` is the digest of the device's part."""
+    are agreements with it); `encoder` is the digest of the device's part, `gate` its filter if it has one."""
 
     device: Path
     edge: Path
@@ -41,6 +43,18 @@ class Report:
     whole: float
     modes: tuple[modes.Mode, ...]
     losses: tuple[float, ...]
+    gate: "Gate | None" = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A filter, and its threshold, from half of the held-out rows. Of the other half: the `recall` of rows with
+    something in them, and the part of those without for which nothing is sent."""
+
+    network: NeuralFilter
+    threshold: float
+    recall: float
+    saved: float
 
 
 def read(
@@ -69,34 +83,47 @@ def read(
 
 def train(
     network: Network, images: np.ndarray, labels: np.ndarray | None, recipe: SplitRecipe, folder: str | Path, *,
-    name: str = "", local: bytes | None = None, overwrite: bool = False, progress: Progress = silent,
+    name: str = "", local: bytes | None = None, measure: agreement.Agreement | None = None, overwrite: bool = False,
+    progress: Progress = silent,
 ) -> Report:  # fmt: skip
     """Splits `network` (sources.onnx.network, sources.torch_module.network) of one input fp32 [n, 3, h, w] and one
-    output [n, classes]; images are uint8 [n, h, w, 3].
+    output, logits [n, classes] or maps [n, channels, h, w]; images are uint8 [n, h, w, 3].
 
-    Writes NAME.device.shoal (head, local answer, codecs, modes) and NAME.edge.shoal (tail, codecs, modes) to `folder`,
-    checkpoints beside them. `local` is the ModelProto of what the device answers without an edge, by default the uncut
-    network. Raises ConvertError where the cut is none, UsageError, StorageError.
+    Labels are classes, by which modes are measured; where the output is maps, they say whether there is anything in a
+    picture, by default what the uncut network finds. `measure` takes outputs and the uncut network's, instead of the
+    recipe's. Writes NAME.device.shoal (head, local answer, codecs, modes) and NAME.edge.shoal (tail, codecs, modes) to
+    `folder`, checkpoints beside them. `local` is the ModelProto of what the device answers without an edge, by default
+    the uncut network. Raises ConvertError where the cut is none or the network has not one input and one output,
+    UsageError, StorageError.
     """
     folder, name = Path(folder), name or "split"
     network = network.eval().requires_grad_(False)
+    ports = [port.name for port in network.graph.inputs], network.graph.outputs
+    if any(len(names) != 1 for names in ports):
+        why = f"It takes {', '.join(ports[0])} and gives {', '.join(ports[1])}, not one of each."
+        raise ConvertError("The network cannot be split.", why, "Export it with one input, and one output of all.")
     recipe = recipe if recipe.cut else replace(recipe, cut=search(network, (3, *images.shape[1:3])))
     head, tail = split(network, recipe.cut)
     stem = None
     if recipe.stem:  # up to the cut itself there is nothing to split
         stem = head if recipe.stem == recipe.cut else split(head, recipe.stem)[0]
     rows, held = _rows(images, labels, recipe, head, tail, stem, progress)
-    whole = float((held.arrays["outputs"].argmax(1) == held.arrays["label"]).mean())
+    wanted, classes = held.arrays["label"], held.arrays["outputs"].shape[1:]
+    if measure is None:
+        measure = agreement.named(recipe.measure, classes)
+    if measure is not agreement.classes:
+        wanted = held.arrays["outputs"]
+    whole = measure(held.arrays["outputs"], wanted)
     student = _student(recipe, rows, tail)
     frozen, losses = _teach(student, recipe, rows, folder / f"{name}.checkpoints", progress)
+    gate = _gate(recipe, rows, held, folder / f"{name}.checkpoints", progress) if recipe.recall else None
 
     picture = (3, *images.shape[1:3])
     latent = modes.latents(student, Rows({"input": held.arrays["input"][:1]})).shape[1:]
     inputs, outputs = network.graph.inputs[0].name, network.graph.outputs[0]
-    classes = held.arrays["outputs"].shape[1:]
-    graph = export.head(student.encoder, picture, latent, stem=stem, name=inputs)
+    graph = export.head(student.encoder, picture, latent, stem=stem, name=inputs, gate=gate.network if gate else None)
     edge = export.network([student.decoder, student.tail], {"latent": latent}, outputs, classes)
-    table = modes.table(student, rows, held, recipe.bits, graph, picture)
+    table = modes.table(student, rows, held, recipe.bits, graph, picture, lambda outputs: measure(outputs, wanted))
     progress(Event("modes", len(table), len(table), "measured", "modes"))
     found: dict[str, Any] = {
         "encoder": frozen,
@@ -107,9 +134,10 @@ def train(
     local = local or export.network([network], {inputs: picture}, outputs, classes)
     device, served = folder / f"{name}.device.shoal", folder / f"{name}.edge.shoal"
     alone = {"device_ms": round(modes.head_ms(local, picture), 3), "accuracy": round(whole, 5)}
-    pack({"head": graph, "local": local}, device, name, local=alone, **found)
+    threshold = gate.threshold if gate else None
+    pack({"head": graph, "local": local}, device, name, local=alone, threshold=threshold, **found)
     pack({"tail": edge}, served, name, **found)
-    return Report(device, served, frozen, whole, tuple(table), tuple(losses))
+    return Report(device, served, frozen, whole, tuple(table), tuple(losses), gate)
 
 
 def _size(network: Network | None, recipe: SplitRecipe) -> tuple[int, int]:
@@ -123,22 +151,26 @@ def _size(network: Network | None, recipe: SplitRecipe) -> tuple[int, int]:
 
 
 def search(network: Network, picture: Sequence[int]) -> str:
-    """The cut of the smallest feature [c, h, w] among those with a tenth to a half of the work before them (the first
-    of equal ones): what is before it the encoder replaces, and a decoder has little to make. Raises ConvertError."""
+    """The cut of the smallest feature [c, h, w] among those with a tenth to a half of the work before them, or else
+    less (the first of equal ones): what is before it the encoder replaces, and a decoder has little to make. Raises
+    ConvertError."""
     found = cuts(network.graph, {network.graph.inputs[0].name: picture})
     total = found[0].macs_before + found[0].macs_after
     fit = [one for one in found if len(one.shape) == 3 and min(one.shape[1:]) > 1]
-    near = [one for one in fit if 0.1 <= one.macs_before / max(total, 1) <= 0.5]
+    early = [one for one in fit if one.macs_before / max(total, 1) <= 0.5]
+    near = [one for one in early if one.macs_before / max(total, 1) >= 0.1]
     if not fit:
         why = "None of its cuts is a map of several positions."
         raise ConvertError("No cut was found.", why, "Name one, with --cut or in the recipe.")
-    return min(near or fit, key=lambda one: one.bytes).value
+    return min(near or early or fit, key=lambda one: one.bytes).value
 
 
 def _rows(images, labels, recipe, head, tail, stem, progress) -> tuple[Rows, Rows]:
     """Rows to learn from and rows held out, each with the stem's output and what the teacher makes of it."""
-    order = np.random.default_rng(recipe.seed).permutation(len(images))
     kept = max(1, round(recipe.held * len(images)))
+    order = np.roll(np.arange(len(images)), kept)  # those held out first
+    if recipe.shuffle:
+        order = np.random.default_rng(recipe.seed).permutation(len(images))
     if kept >= len(images):
         raise UsageError("There is nothing to train on.", f"There are {len(images)} images.", "Give more.")
     sets = []
@@ -152,11 +184,15 @@ def _rows(images, labels, recipe, head, tail, stem, progress) -> tuple[Rows, Row
                     found.setdefault(key, []).append(value)
                 progress(Event("teacher", at, len(chosen), "features", "images"))
         arrays = {key: np.concatenate(value) for key, value in found.items()}
-        classes = arrays["outputs"].shape[-1]
-        if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
+        said = arrays["outputs"][: len(chosen)]
+        classes = said.shape[-1]
+        if labels is not None and said.ndim == 2 and not 0 <= labels.min() <= labels.max() < classes:
             why = f"They are from {labels.min()} to {labels.max()}; the network has {classes} classes."
             raise UsageError("The labels are not the network's.", why, "Number them from 0, in the network's order.")
-        right = labels[chosen] if labels is not None else arrays["outputs"][: len(chosen)].argmax(1)
+        if labels is not None:
+            right = labels[chosen]
+        else:
+            right = said.argmax(1) if said.ndim == 2 else agreement.present(said).astype(np.int64)
         sets.append(Rows({**arrays, "label": np.tile(right, len(mirrors))}, mirrored=len(mirrors) > 1))
     return sets[0], sets[1]
 
@@ -166,7 +202,8 @@ def _taught(picture: np.ndarray, recipe: SplitRecipe, head: Network, tail: Netwo
     x = torch.from_numpy(np.ascontiguousarray(picture.transpose(0, 3, 1, 2))).float()
     x = (x - recipe.mean) / recipe.deviation
     found = {"input": stem(x) if stem is not None else x, **distil.teach(head, tail, recipe.taps, x)}
-    return {key: value.numpy() if key == "outputs" else value.half().numpy() for key, value in found.items()}
+    exact = {key for key, value in found.items() if key == "outputs" and value.ndim == 2}
+    return {key: value.numpy() if key in exact else value.half().numpy() for key, value in found.items()}
 
 
 def _student(recipe: SplitRecipe, rows: Rows, tail: Network) -> Student:
@@ -195,7 +232,7 @@ def _student(recipe: SplitRecipe, rows: Rows, tail: Network) -> Student:
     return Student(encoder, channel, decoder, Network(tail.trained()), recipe.taps)
 
 
-def _key(student: Student, recipe: SplitRecipe, rows: Rows) -> str:
+def _key(student: nn.Module, recipe: SplitRecipe, rows: Rows) -> str:
     """Names checkpoints: with another recipe, network or pictures nothing is gone on with."""
     found = hashlib.sha256(f"{recipe!r} {distil.digest(student)}".encode())
     for name, array in sorted(rows.arrays.items()):
@@ -229,3 +266,21 @@ def _teach(
     student.eval().requires_grad_(False)
     assert distil.digest(student.encoder) == frozen
     return frozen, losses
+
+
+def _gate(recipe: SplitRecipe, rows: Rows, held: Rows, folder: Path, progress: Progress) -> Gate:
+    """Trains a filter on the stem's output, for as long as the first stage."""
+    if recipe.measure in ("", "classes") and rows.arrays["outputs"].ndim == 2:
+        why = "Its labels are classes; none says that there is nothing."
+        raise UsageError("A classifier gets no filter.", why, "Leave recall out of the recipe.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = NeuralFilter(rows.arrays["input"].shape[1:], width=16, anywhere=True)
+    schedule = Schedule(recipe.epochs, recipe.batch, recipe.rate, cosine=True, seed=recipe.seed)
+    distil.fit(network, list(network.parameters()), filter_loss(network), rows, schedule, stage="filter",
+               checkpoint=folder / f"{_key(network, recipe, rows)}.filter.pt", progress=progress)  # fmt: skip
+    network.eval().requires_grad_(False)
+    given, present = scores(network, held), held.arrays["label"] > 0
+    half = (len(given) + 1) // 2
+    threshold = threshold_for(given[:half], present[:half], recipe.recall)
+    return Gate(network, threshold, *saved(given[half:], present[half:], threshold))

@@ -27,7 +27,7 @@ from ..session import Binding, Session
 from . import modes, policy
 from .codec import Codec
 from .link import Link, Reply, late, latent_shape, open_role
-from .modes import ENCODER, Mode
+from .modes import ENCODER, SCORE, Mode
 from .policy import LOCAL, Average, Chooser, Estimate, Knowledge, Situation, Terms
 
 _SLOTS = 8  # sets of bound buffers that are kept
@@ -50,8 +50,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Result:
-    """`where` is "edge" or "local": who computed the outputs. `mode` and `bytes` are of the message that was sent, both
-    0 where none was; `why` says what kept the edge from answering, "" where nothing did."""
+    """`where` is "edge" or "local": who computed the outputs; or "filtered": nobody, and there are none, for the head's
+    filter found nothing in the images. `mode` and `bytes` are of the message that was sent, both 0 where none was;
+    `why` says what kept the edge from answering, "" where nothing did."""
 
     outputs: dict[str, np.ndarray]
     where: str
@@ -70,6 +71,7 @@ class _Slot:
     inputs: dict[str, np.ndarray]
     encoder: np.ndarray
     latent: np.ndarray
+    score: np.ndarray
 
 
 @dataclass
@@ -129,8 +131,8 @@ class Client:
             if alone := next((role for role in ("local", "tail") if role in roles), ""):
                 self._own = opened.enter_context(open_role(file, alone, threads))
             self._whole = alone == "local"
-            self._shape = latent_shape(self._head.outputs, "head")
-            self._latent = next(iter(self._head.outputs))
+            outputs = modes.scored(self._head.outputs, self.table)
+            self._shape, self._latent = latent_shape(outputs, "head"), next(iter(outputs))
             self._inputs = [name for name in self._head.inputs if name != ENCODER]
             self.modes = tuple(mode for mode in self.table.modes if mode.codec)
             if not self.modes or not self._inputs:
@@ -173,8 +175,11 @@ class Client:
             return Result(outputs, "local", 0, 0, Seconds(local=took, total=total), why)
         if full:
             raise BusyError("The link is busy.", f"{self._inflight} messages are on the way.", "Wait for them.")
-        message, head, encode = self._message(said.mode, feeds, rows)
+        message, head, encode = self._message(said.mode, feeds, rows, self.table.threshold)
         race, sent = _Race(), time.monotonic()
+        if not message:
+            why = f"The filter finds nothing: no score is {self.table.threshold:.3g} or more."
+            return Result({}, "filtered", 0, 0, Seconds(head, total=sent - began), why)
         with self._lock:
             self._asking += 1
         self._spawn(self._ask, race, said.mode, message, rows, due - sent)
@@ -290,8 +295,10 @@ class Client:
             raise UsageError("These inputs cannot be used.", why, "Pass arrays [n, ...].")
         return feeds, rows.pop()
 
-    def _message(self, mode: Mode, feeds: Mapping[str, np.ndarray], rows: int) -> tuple[bytes, float, float]:
-        """The message of these images, and the seconds of the head and of coding."""
+    def _message(
+        self, mode: Mode, feeds: Mapping[str, np.ndarray], rows: int, threshold: float = math.nan
+    ) -> tuple[bytes, float, float]:
+        """The message of these images, and the seconds of the head and of coding; none where all score less."""
         began = time.monotonic()
         slot = self._slot(feeds, rows)
         try:
@@ -300,6 +307,8 @@ class Client:
             slot.encoder[...] = mode.encoder
             slot.binding.run()
             headed = time.monotonic()
+            if (slot.score < threshold).all():  # never of NaN
+                return b"", headed - began, 0.0
             message = self._codecs[mode.id].encode(slot.latent)
         finally:
             with self._lock:
@@ -320,12 +329,15 @@ class Client:
         binding = self._head.bind()
         inputs = {name: np.empty(feeds[name].shape, feeds[name].dtype) for name in self._inputs}
         encoder, latent = np.zeros((), np.int64), np.empty((rows, *self._shape), np.float32)
+        score = np.empty(rows, np.float32)
         for name, array in inputs.items():
             binding.input(name, array)
         if ENCODER in self._head.inputs:
             binding.input(ENCODER, encoder)
         binding.output(self._latent, latent)
-        return _Slot(key, binding, inputs, encoder, latent)
+        if SCORE in self._head.outputs:
+            binding.output(SCORE, score)
+        return _Slot(key, binding, inputs, encoder, latent, score)
 
     def _alone(self, feeds: Mapping[str, np.ndarray], rows: int) -> tuple[dict[str, np.ndarray], float]:
         """The device's own answer and its seconds: the local graph, or the best encoder and the tail."""

@@ -11,11 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from ..bundle import Bundle
 from ..errors import BundleError
 from .tables import Tables
 
 ENCODER = "encoder"  # the head's input, int64 [], where it has several
+SCORE = "score"  # the head's output, fp32 [n], where it has a filter: the chance that there is something
 MAX_MODES = 256
 MAX_SECTION = 1 << 20  # bytes of the section `modes`
 MAX_CODEC = 4 << 20  # bytes of a section `codec`; the largest tables take 1.1 MiB
@@ -43,13 +46,15 @@ class Mode:
 @dataclass(frozen=True)
 class ModeTable:
     """The section. `encoder` and `tables` are digests or "". `local` has `device_ms` and `accuracy` of the answer that
-    the device can compute alone, and the id 0."""
+    the device can compute alone, and the id 0. `threshold` is the least score, from 0 to 1, with which the head's
+    filter lets a message go; NaN where there is no filter."""
 
     name: str = ""
     encoder: str = ""
     tables: str = ""
     modes: tuple[Mode, ...] = ()
     local: Mode = field(default_factory=lambda: Mode(0))
+    threshold: float = math.nan
 
     def mode(self, number: int) -> Mode | None:
         """The mode of that id, or None."""
@@ -78,7 +83,10 @@ def parse(data: bytes) -> ModeTable:
             raise _refuse(f"modes[{place}].id is {mode.id} again")
         seen.add(mode.id)
     local = _mode({"id": 1, "bits": 0, "bytes": 0} | _entry(said.get("local", {}), "local"), "local")
-    return ModeTable(**texts, modes=modes, local=replace(local, id=0))
+    threshold = said.get("threshold", math.nan)
+    if "threshold" in said and (type(threshold) not in (int, float) or not 0 <= threshold <= 1):
+        raise _refuse(f"threshold is {threshold!r:.80}, not a number from 0 to 1")
+    return ModeTable(**texts, modes=modes, local=replace(local, id=0), threshold=float(threshold))
 
 
 def read(bundle: Bundle) -> ModeTable:
@@ -101,6 +109,17 @@ def codecs(bundle: Bundle, table: ModeTable) -> dict[str, Tables]:
         if mode.bits and mode.bits != found[mode.codec].bits:
             raise _refuse(f"modes[{place}].bits is {mode.bits}, and its tables have {found[mode.codec].bits}")
     return found
+
+
+def scored(outputs: Mapping, table: ModeTable) -> dict:
+    """A head's outputs without its filter's score. Raises BundleError unless there is a score where the table has a
+    threshold and none where it has not, fp32 [n]."""
+    value, wanted = outputs.get(SCORE), not math.isnan(table.threshold)
+    if (value is not None) != wanted:
+        raise _refuse("there is a threshold for a head without a score" if wanted else "no threshold is for the score")
+    if value is not None and (value.dtype != np.float32 or len(value.dims) != 1):
+        raise _refuse(f"the threshold is for a score {value.dtype} {list(value.dims)}, not float32 [n]")
+    return {name: other for name, other in outputs.items() if name != SCORE}
 
 
 def dump(table: Mapping) -> bytes:

@@ -6,6 +6,7 @@ import pytest
 from shoal.runtime.errors import UsageError
 from shoal.runtime.vision.classify import classify
 from shoal.runtime.vision.detect import corners, detect, suppress
+from shoal.runtime.vision.regions import regions
 
 
 def test_the_likeliest_labels_with_their_probabilities():
@@ -45,3 +46,38 @@ def test_boxes_of_a_picture():
     assert detect(np.zeros((0, 4)), np.zeros((0, 2))) == []
     with pytest.raises(UsageError):
         detect(boxes, scores[:2])
+
+
+def test_regions_are_what_a_flood_finds_grown_back():
+    def flood(mask):
+        left, found = {tuple(at) for at in np.argwhere(mask)}, []
+        while left:
+            todo, region = [left.pop()], []
+            while todo:
+                y, x = todo.pop()
+                region.append((y, x))
+                near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+                left -= near
+                todo += near
+            low, high = np.min(region, 0), np.max(region, 0) + 1
+            found.append((low[1], low[0], high[1], high[0]))
+        return sorted(found)
+
+    rng = np.random.default_rng(0)
+    for part in (0.05, 0.3, 0.5, 0.9):
+        chances = rng.random((40, 57)).astype(np.float32)
+        boxes, scores = regions(chances, threshold=1 - part, least=0.0, grow=0.0, smallest=1)
+        assert sorted(map(tuple, boxes.astype(int).tolist())) == flood(chances > 1 - part)
+        assert (scores > 1 - part).all()
+
+    chances = np.zeros((30, 60), np.float32)
+    chances[10:14, 20:44] = 0.9  # a line of text, shrunk
+    chances[20:22, 5:50] = 0.9  # too thin
+    chances[25:30, 40:60] = 0.5  # unlikely
+    boxes, scores = regions(chances)
+    more = 1.5 * 4 * 24 / (2 * 28)
+    np.testing.assert_allclose(boxes, [[20 - more, 10 - more, 44 + more, 14 + more]], rtol=1e-6)
+    np.testing.assert_allclose(scores, [0.9], rtol=1e-6)
+    assert regions(np.zeros((3, 3)))[0].shape == (0, 4)
+    with pytest.raises(UsageError, match="map"):
+        regions(chances[None])

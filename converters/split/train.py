@@ -20,7 +20,7 @@ from shoal.runtime.events import Event, Progress, silent
 from . import bottleneck, distil, export, modes
 from .distil import CUT, Rows, Schedule, Student
 from .entropic import FactorisedPrior
-from .graph import cuts
+from .graph import channels_first, cuts
 from .network import Network, split
 from .pictures import read_folder
 from .recipe import SplitRecipe
@@ -72,14 +72,17 @@ def train(
     name: str = "", local: bytes | None = None, overwrite: bool = False, progress: Progress = silent,
 ) -> Report:  # fmt: skip
     """Splits `network` (sources.onnx.network, sources.torch_module.network) of one input fp32 [n, 3, h, w] and one
-    output [n, classes]; images are uint8 [n, h, w, 3].
+    output [n, classes]; images are uint8 [n, h, w, 3]. One whose input is [n, h, w, 3] takes [n, 3, h, w] from then on.
 
     Writes NAME.device.shoal (head, local answer, codecs, modes) and NAME.edge.shoal (tail, codecs, modes) to `folder`,
     checkpoints beside them. `local` is the ModelProto of what the device answers without an edge, by default the uncut
     network. Raises ConvertError where the cut is none, UsageError, StorageError.
     """
     folder, name = Path(folder), name or "split"
+    if channels_first(network.graph) is not network.graph:
+        network = Network(channels_first(network.trained()))
     network = network.eval().requires_grad_(False)
+    _check(network, images)
     recipe = recipe if recipe.cut else replace(recipe, cut=search(network, (3, *images.shape[1:3])))
     head, tail = split(network, recipe.cut)
     stem = None
@@ -112,9 +115,21 @@ def train(
     return Report(device, served, frozen, whole, tuple(table), tuple(losses))
 
 
+def _check(network: Network, images: np.ndarray) -> None:
+    """Raises UsageError where the network takes no such pictures."""
+    port = network.graph.inputs[0]
+    taken, given = port.dims, (None, 3, *images.shape[1:3])
+    same = all(not isinstance(one, int) or one == other for one, other in zip(taken[1:], given[1:], strict=False))
+    if taken and (len(taken) != 4 or not same):
+        why = (
+            f"Its input {port.name!r:.80} is {list(taken)}; they are {images.shape[1]} x {images.shape[2]} pixels, RGB."
+        )
+        raise UsageError("The network takes no such pictures.", why, "Give them in its size.")
+
+
 def _size(network: Network | None, recipe: SplitRecipe) -> tuple[int, int]:
     """(height, width) of pictures in pixels. Raises UsageError where nothing says."""
-    dims = network.graph.inputs[0].dims if network is not None and not recipe.size else ()
+    dims = channels_first(network.graph).inputs[0].dims if network is not None and not recipe.size else ()
     height, width = dims[2:] if len(dims) == 4 else (recipe.size or None,) * 2
     if not isinstance(height, int) or not isinstance(width, int):
         why = "The network takes pictures of any size."
@@ -152,9 +167,9 @@ def _rows(images, labels, recipe, head, tail, stem, progress) -> tuple[Rows, Row
                     found.setdefault(key, []).append(value)
                 progress(Event("teacher", at, len(chosen), "features", "images"))
         arrays = {key: np.concatenate(value) for key, value in found.items()}
-        classes = arrays["outputs"].shape[-1]
-        if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
-            why = f"They are from {labels.min()} to {labels.max()}; the network has {classes} classes."
+        given = arrays["outputs"].shape
+        if labels is not None and len(given) == 2 and not 0 <= labels.min() <= labels.max() < given[1]:
+            why = f"They are from {labels.min()} to {labels.max()}; the network has {given[1]} classes."
             raise UsageError("The labels are not the network's.", why, "Number them from 0, in the network's order.")
         right = labels[chosen] if labels is not None else arrays["outputs"][: len(chosen)].argmax(1)
         sets.append(Rows({**arrays, "label": np.tile(right, len(mirrors))}, mirrored=len(mirrors) > 1))

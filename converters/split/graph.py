@@ -123,6 +123,22 @@ def tidy(graph: Graph) -> Graph:
     )
 
 
+def channels_first(graph: Graph) -> Graph:
+    """`graph` with a picture [n, 3, h, w] as its input where it takes [n, h, w, 3], as TensorFlow's networks do: under
+    the same name, turned before anything else. Others stay as they are."""
+    port = graph.inputs[0]
+    if len(graph.inputs) != 1 or len(port.dims) != 4 or port.dims[3] != 3 or port.dims[1] == 3:
+        return graph
+    turned = f"{port.name} turned"
+    nodes = tuple(
+        replace(node, inputs=tuple(turned if name == port.name else name for name in node.inputs))
+        for node in graph.nodes
+    )
+    first = Node(turned, "Transpose", (port.name,), (turned,), {"perm": [0, 2, 3, 1]})
+    dims = (port.dims[0], 3, *port.dims[1:3])
+    return replace(graph, nodes=(first, *nodes), inputs=(Value(port.name, port.dtype, dims),))
+
+
 def halves(graph: Graph, cut: str) -> tuple[Graph, Graph]:
     """What makes the value `cut` (as `Graph.value` names it), and what goes on from it. What depends on no input goes
     to whichever half needs it, or to both. Raises ConvertError where `cut` does not separate them."""

@@ -21,7 +21,7 @@ from shoal.runtime.events import Event, Progress, silent
 from . import agreement, bottleneck, distil, export, modes
 from .distil import CUT, Rows, Schedule, Student
 from .entropic import FactorisedPrior
-from .graph import cuts
+from .graph import channels_first, cuts
 from .network import Network, split
 from .neural_filter import NeuralFilter, filter_loss, saved, scores, threshold_for
 from .pictures import read_folder
@@ -87,7 +87,8 @@ def train(
     progress: Progress = silent,
 ) -> Report:  # fmt: skip
     """Splits `network` (sources.onnx.network, sources.torch_module.network) of one input fp32 [n, 3, h, w] and one
-    output, logits [n, classes] or maps [n, channels, h, w]; images are uint8 [n, h, w, 3].
+    output, logits [n, classes] or maps [n, channels, h, w]; images are uint8 [n, h, w, 3]. One whose input
+    is [n, h, w, 3] takes [n, 3, h, w] from then on.
 
     Labels are classes, by which modes are measured; where the output is maps, they say whether there is anything in a
     picture, by default what the uncut network finds. `measure` takes outputs and the uncut network's, instead of the
@@ -97,11 +98,14 @@ def train(
     UsageError, StorageError.
     """
     folder, name = Path(folder), name or "split"
+    if channels_first(network.graph) is not network.graph:
+        network = Network(channels_first(network.trained()))
     network = network.eval().requires_grad_(False)
     ports = [port.name for port in network.graph.inputs], network.graph.outputs
     if any(len(names) != 1 for names in ports):
         why = f"It takes {', '.join(ports[0])} and gives {', '.join(ports[1])}, not one of each."
         raise ConvertError("The network cannot be split.", why, "Export it with one input, and one output of all.")
+    _check(network, images)
     recipe = recipe if recipe.cut else replace(recipe, cut=search(network, (3, *images.shape[1:3])))
     head, tail = split(network, recipe.cut)
     stem = None
@@ -140,9 +144,21 @@ def train(
     return Report(device, served, frozen, whole, tuple(table), tuple(losses), gate)
 
 
+def _check(network: Network, images: np.ndarray) -> None:
+    """Raises UsageError where the network takes no such pictures."""
+    port = network.graph.inputs[0]
+    taken, given = port.dims, (None, 3, *images.shape[1:3])
+    same = all(not isinstance(one, int) or one == other for one, other in zip(taken[1:], given[1:], strict=False))
+    if taken and (len(taken) != 4 or not same):
+        why = (
+            f"Its input {port.name!r:.80} is {list(taken)}; they are {images.shape[1]} x {images.shape[2]} pixels, RGB."
+        )
+        raise UsageError("The network takes no such pictures.", why, "Give them in its size.")
+
+
 def _size(network: Network | None, recipe: SplitRecipe) -> tuple[int, int]:
     """(height, width) of pictures in pixels. Raises UsageError where nothing says."""
-    dims = network.graph.inputs[0].dims if network is not None and not recipe.size else ()
+    dims = channels_first(network.graph).inputs[0].dims if network is not None and not recipe.size else ()
     height, width = dims[2:] if len(dims) == 4 else (recipe.size or None,) * 2
     if not isinstance(height, int) or not isinstance(width, int):
         why = "The network takes pictures of any size."

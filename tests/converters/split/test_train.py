@@ -191,6 +191,36 @@ def test_a_network_of_an_older_opset_that_samples_up(tmp_path, opset, grow, cut,
         assert next(iter(tail.inputs.values())).dims[1] == 4
 
 
+@pytest.mark.parametrize("taken", ["n, 1, 32, 32", "n, 3, 24, 24", "n, 48"])
+def test_pictures_that_a_network_does_not_take_are_refused_by_its_input(tmp_path, taken):
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g (float[{taken}] x) => (float[n, k] y) '
+                               "{ r = Relu (x) s = Sigmoid (r) y = Flatten (s) }")  # fmt: skip
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    with pytest.raises(UsageError, match=f"Its input 'x' is .*{taken[3:]}.*32 x 32 pixels"):
+        train(onnx.network(model.SerializeToString()), images, None, SplitRecipe(), tmp_path)
+
+
+def test_a_network_of_pictures_with_channels_last(data, tmp_path):
+    """As TensorFlow's exporters write them. The bundles take channels first, under the same name."""
+    rng = np.random.default_rng(0)
+    body = """t = Transpose <perm = [0, 3, 1, 2]> (image) a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (t, w0)
+        r = Relu (a) d = Conv <pads = [1, 1, 1, 1]> (r, w1) p = GlobalAveragePool (d) f = Flatten (p)
+        logits = MatMul (f, w2)"""
+    model = parser.parse_model('<ir_version: 8, opset_import: ["" : 9]> g (float[n, 16, 16, 3] image) => '
+                               f"(float[n, 5] logits) {{ {body} }}")  # fmt: skip
+    for name, shape in (("w0", (8, 3, 3, 3)), ("w1", (8, 8, 3, 3)), ("w2", (8, 5))):
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    recipe = SplitRecipe(latent=4, bits=(4,), epochs=1, tail_epochs=1)
+    report = train(onnx.network(model.SerializeToString()), data[0][:40], None, recipe, tmp_path)
+    x = (data[0][:3].astype(np.float32) - 127.5) / 127.5
+    with open_graph(model.SerializeToString(), {}) as whole:
+        (expected,) = whole.run({"image": x}).values()
+    with Bundle.open(report.device) as device, opened(device, "local") as local, opened(device, "head") as head:
+        assert head.inputs["image"].dims[1:] == (3, 16, 16)
+        (alone,) = local.run({"image": np.ascontiguousarray(x.transpose(0, 3, 1, 2))}).values()
+    np.testing.assert_allclose(alone, expected, atol=1e-5)
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("name", ["squeezenet", "shufflenet", "resnet50"])
 def test_the_verb_splits_the_classics(tmp_path, capsys, name):

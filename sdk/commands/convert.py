@@ -82,7 +82,10 @@ def run_split(arguments: argparse.Namespace, show) -> int:
     rows = [(one.id, one.encoder, one.bits, round(one.bytes, 1), round(one.device_ms, 2), round(one.accuracy, 4))
             for one in report.modes]  # fmt: skip
     show.table(rows, heading)
-    show.json({"device": str(report.device), "edge": str(report.edge), "encoder": report.encoder,
+    gate = report.gate and {key: getattr(report.gate, key) for key in ("threshold", "recall", "saved")}
+    if gate:
+        show.table([tuple(round(value, 4) for value in gate.values())], tuple(gate))
+    show.json({"device": str(report.device), "edge": str(report.edge), "encoder": report.encoder, "filter": gate,
                "uncut": report.whole, "modes": [dict(zip(heading, row, strict=True)) for row in rows]})  # fmt: skip
     return 0
 

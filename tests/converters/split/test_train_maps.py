@@ -113,11 +113,21 @@ def test_a_network_of_several_answers_is_refused_before_anything_is_trained(dete
 
 def test_the_verb_splits_a_text_detector_where_it_finds_a_cut(ocr_folder, tmp_path, capsys):
     (source,) = ocr_folder.glob("*det*.onnx")
-    np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), np.uint8))
-    (tmp_path / "r.toml").write_text('[split]\nlatent = 4\nepochs = 1\ntail_epochs = 1\nbatch = 8\nmeasure = "boxes"\n')
+    images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(20) % 2)
+    lines = (
+        "latent = 4",
+        "epochs = 1",
+        "tail_epochs = 1",
+        "batch = 8",
+        'measure = "boxes"',
+        "recall = 0.9",
+        "held = 0.4",
+    )
+    (tmp_path / "r.toml").write_text("\n".join(("[split]", *lines, "shuffle = false")))
     words = ["--recipe", str(tmp_path / "r.toml"), "--data", str(tmp_path / "data.npz"), "--out", str(tmp_path)]
     assert main(["convert", str(source), *words, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["uncut"] == 1 and 0 <= said["modes"][0]["accuracy"] <= 1
-    with Bundle.open(said["edge"]) as edge:
-        assert [graph.role for graph in edge.graphs] == ["tail"]
+    with Bundle.open(said["device"]) as device:
+        assert modes.read(device).threshold == said["filter"]["threshold"]

@@ -167,9 +167,9 @@ def _rows(images, labels, recipe, head, tail, stem, progress) -> tuple[Rows, Row
                     found.setdefault(key, []).append(value)
                 progress(Event("teacher", at, len(chosen), "features", "images"))
         arrays = {key: np.concatenate(value) for key, value in found.items()}
-        given = arrays["outputs"].shape
-        if labels is not None and len(given) == 2 and not 0 <= labels.min() <= labels.max() < given[1]:
-            why = f"They are from {labels.min()} to {labels.max()}; the network has {given[1]} classes."
+        answer = arrays["outputs"].shape
+        if labels is not None and len(answer) == 2 and not 0 <= labels.min() <= labels.max() < answer[1]:
+            why = f"They are from {labels.min()} to {labels.max()}; the network has {answer[1]} classes."
             raise UsageError("The labels are not the network's.", why, "Number them from 0, in the network's order.")
         right = labels[chosen] if labels is not None else arrays["outputs"][: len(chosen)].argmax(1)
         sets.append(Rows({**arrays, "label": np.tile(right, len(mirrors))}, mirrored=len(mirrors) > 1))

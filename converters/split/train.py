@@ -98,13 +98,13 @@ def train(
     UsageError, StorageError.
     """
     folder, name = Path(folder), name or "split"
-    if channels_first(network.graph) is not network.graph:
-        network = Network(channels_first(network.trained()))
-    network = network.eval().requires_grad_(False)
     ports = [port.name for port in network.graph.inputs], network.graph.outputs
     if any(len(names) != 1 for names in ports):
         why = f"It takes {', '.join(ports[0])} and gives {', '.join(ports[1])}, not one of each."
         raise ConvertError("The network cannot be split.", why, "Export it with one input, and one output of all.")
+    if channels_first(network.graph) is not network.graph:
+        network = Network(channels_first(network.trained()))
+    network = network.eval().requires_grad_(False)
     _check(network, images)
     recipe = recipe if recipe.cut else replace(recipe, cut=search(network, (3, *images.shape[1:3])))
     head, tail = split(network, recipe.cut)

@@ -1,8 +1,9 @@
 """Training of an encoder and a decoder in the place of a network's first part, in stages that can be killed and go on.
 
 Stage 1 distils features: HND the one at the cut (Matsubara and Levorato 2020), GHND also later ones of the frozen tail,
-plus the message's bits where a prior measures them (Matsubara et al. 2022). Stage 2 trains decoder and tail for the
-task with the encoder frozen, so that one deployed encoder serves many tails (BottleFit, Matsubara et al. 2022). `fit`
+plus the message's bits where a prior measures them (Matsubara et al. 2022). Between the stages `joint` can let all of
+it learn the task. Stage 2 trains decoder and tail for the task with the encoder frozen, so that one deployed encoder
+serves many tails (BottleFit, Matsubara et al. 2022). `fit`
 is the loop under both: its order and its noise follow from the seed, so a run that was killed ends as one that was not.
 Losses are sums over a row's features, averaged over rows. It knows nothing about images, cuts or files of networks.
 """
@@ -61,19 +62,19 @@ class Schedule:
 
 
 class Rows:
-    """Arrays with as many rows each, by name; mapped files too. Where `mirrored`, row i + n is row i mirrored, and an
-    epoch takes either."""
+    """Arrays with as many rows each, by name; mapped files too. Of `copies`, rows i + n, i + 2 n, ... are row i changed
+    (mirrored, say), and an epoch takes one of them."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], mirrored: bool = False):
+    def __init__(self, arrays: Mapping[str, np.ndarray], copies: int = 1):
         lengths = {len(array) for array in arrays.values()}
-        if len(lengths) != 1 or 0 in lengths or (mirrored and lengths.pop() % 2):
+        if len(lengths) != 1 or 0 in lengths or lengths.pop() % copies:
             said = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
             raise UsageError(
                 "These rows cannot be trained on.", f"Their numbers are {said or 'none'}.", "Give as many."
             )
-        self.arrays, self.mirrored = dict(arrays), mirrored
+        self.arrays, self.copies = dict(arrays), copies
         self.whole = len(next(iter(arrays.values())))
-        self.count = self.whole // (2 if mirrored else 1)
+        self.count = self.whole // copies
 
     def take(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """A batch; halves become fp32, bytes stay."""
@@ -81,7 +82,7 @@ class Rows:
         return {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
 
     def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All rows in their order, mirrored ones left out."""
+        """All rows in their order, changed copies left out."""
         for at in range(0, self.count, size):
             yield self.take(np.arange(at, min(at + size, self.count)))
 
@@ -127,10 +128,11 @@ class Student(nn.Module):
         return self.decode(self.send(self.encode(x, choice), bits, choice))[1]
 
     def stage(self, number: int) -> list[nn.Parameter]:
-        """Readies stage 1 (encoder, channel and decoder learn) or 2 (decoder and tail); returns what learns. The tail's
-        norms keep their statistics."""
-        learns = (self.encoder, self.channel, self.decoder) if number == 1 else (self.decoder, self.tail)
-        for part in (self.encoder, self.channel, self.decoder, self.tail):
+        """Readies stage 1 (encoder, channel and decoder learn), 2 (decoder and tail) or 0 (all of them); returns what
+        learns. The tail's norms keep their statistics."""
+        whole = (self.encoder, self.channel, self.decoder, self.tail)
+        learns = {0: whole, 1: whole[:3], 2: whole[2:]}[number]
+        for part in whole:
             part.train(part in learns and part is not self.tail)
             part.requires_grad_(part in learns)
         return [parameter for part in learns for parameter in part.parameters()]
@@ -242,16 +244,45 @@ def stage2(
             latent = student.send(batch[named if named in batch else "latent"], bits, choice)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = student.tail(student.decoder(latent)).float()
-        total = torch.zeros(())
-        if alpha:
-            total = total + alpha * F.cross_entropy(logits, batch["label"].long())
-        if alpha < 1:
-            wanted = F.log_softmax(batch["outputs"], 1)
-            kl = F.kl_div(F.log_softmax(logits, 1), wanted, reduction="batchmean", log_target=True)
-            total = total + (1 - alpha) * kl
-        return total
+        return _task(logits, batch, alpha)
 
     return loss
+
+
+def joint(
+    student: Student, *, spread: float, names: Sequence[str] = (CUT,), modes: Sequence[tuple[int, int]] = ((0, 0),),
+    beta: float = 0.0, alpha: float = 0.5,
+) -> Loss:  # fmt: skip
+    """Stage 2's loss and stage 1's in parts of `spread`, for an encoder, a decoder and a tail that learn together: what
+    matters to the task gets the latent's bits, and what a bit is worth in squared error stays as it was. Batches have
+    what both need. Each step draws one of `modes`, (choice, bits)."""
+
+    def loss(batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        choice, bits = modes[int(torch.randint(len(modes), (), generator=generator))]
+        sent = student.send(student.encode(batch["input"], choice), bits, choice, generator)
+        features, logits = student.decode(sent)
+        total = distance(features, batch, names)
+        if beta:
+            total = total + beta * student.cost(sent).sum() / len(sent)
+        return _task(logits, batch, alpha) + total / spread
+
+    return loss
+
+
+def spread(rows: Rows, names: Sequence[str] = (CUT,), enough: int = 1000) -> float:
+    """The squared error, a row, of always giving the features' means, from the first rows."""
+    return float(sum(rows.arrays[name][: min(rows.count, enough)].astype(np.float32).var(0).sum() for name in names))
+
+
+def _task(logits: torch.Tensor, batch: Batch, alpha: float) -> torch.Tensor:
+    total = torch.zeros(())
+    if alpha:
+        total = total + alpha * F.cross_entropy(logits, batch["label"].long())
+    if alpha < 1:
+        wanted = F.log_softmax(batch["outputs"], 1)
+        kl = F.kl_div(F.log_softmax(logits, 1), wanted, reduction="batchmean", log_target=True)
+        total = total + (1 - alpha) * kl
+    return total
 
 
 def fit(
@@ -287,8 +318,9 @@ def fit(
 
     while epoch < schedule.epochs:
         order = np.random.default_rng((schedule.seed, epoch)).permutation(rows.count)
-        if rows.mirrored:
-            order += rows.count * np.random.default_rng((schedule.seed, epoch, 1)).integers(0, 2, rows.count)
+        if rows.copies > 1:
+            drawn = np.random.default_rng((schedule.seed, epoch, 1)).integers(0, rows.copies, rows.count)
+            order += rows.count * drawn
         if step == 0:
             generator.manual_seed((schedule.seed << 20) + epoch)
         while step < steps:

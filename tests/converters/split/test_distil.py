@@ -73,6 +73,21 @@ def test_a_second_stage_recovers_half_the_gap_and_one_encoder_serves_two_tails(t
     assert len({theirs, *tails}) == 3 and distil.digest(teacher.tail) == theirs
 
 
+def test_an_encoder_that_learns_the_task_too_sends_more_of_what_matters(teacher):
+    accuracies = []
+    for epochs in ((7, 0), (4, 3)):
+        made = distilled(teacher, (CUT,), latent=1, epochs=epochs[0])
+        loss = distil.joint(made, spread=distil.spread(teacher.train), modes=((1, 4), (1, 8)))
+        distil.fit(made, made.stage(0), loss, teacher.train, Schedule(epochs[1], 50, 2e-3, cosine=True))
+        made.eval()
+        rows = Rows({**teacher.train.arrays, "latent": modes.latents(made, teacher.train)})
+        loss = distil.stage2(made, modes=((0, 4), (0, 8)))
+        distil.fit(made, made.stage(2), loss, rows, Schedule(3, 50, 1e-3, cosine=True))
+        made.eval()
+        accuracies.append(teacher.accuracy(lambda x, made=made: made(x, 4)))
+    assert accuracies[1] > accuracies[0] + 0.02, accuracies
+
+
 def test_a_higher_price_of_bits_buys_fewer_bytes_and_worse_features(teacher):
     made, found = student(teacher, FactorisedPrior(6), 6), []
     for beta, epochs in ((0.5, 8), (5.0, 3), (50.0, 3)):  # one goes on where the last one ended
@@ -113,7 +128,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("channel", [Levels, FactorisedPrior])
 def test_a_training_that_was_killed_ends_as_one_that_was_not(teacher, channel, tmp_path):
-    rows = Rows({name: array[:200] for name, array in teacher.train.arrays.items()}, mirrored=True)
+    rows = Rows({name: array[:200] for name, array in teacher.train.arrays.items()}, copies=2)
     schedule, digests = Schedule(3, 20, 3e-3, cosine=True), []
     bits, beta = ((2, 4), 0.0) if channel is Levels else ((0,), 1.0)
     for kill in (None, (2, 7, 12)):

@@ -30,6 +30,7 @@ from shoal.converters.split.entropic import FactorisedPrior
 from shoal.converters.split.exits import Exit
 from shoal.converters.split.slimmable import Ensemble, Levels, recalibrate
 from shoal.runtime.session import open_graph
+from shoal.runtime.split.codec import Codec
 
 IMAGE, EARLY, FEATURE = (3, SIDE, SIDE), (40, 16, 16), (80, 8, 8)
 TRAIN, COPIES = 5000, 8  # each picture, its mirror image, and 6 that are moved and scaled
@@ -46,8 +47,8 @@ class Split:
     early: bool = False
     members: int = 1
     joint: int = 0  # epochs in which everything learns the task
-    hnd: int = 10
-    tail: int = 8
+    start: str = ""  # another split whose first stage this one has
+    tail: int = 4
 
     def encoder(self):
         if self.members > 1:
@@ -65,12 +66,12 @@ class Split:
 
 LEVELS = (8, 4, 3, 2)
 SPLITS = {
-    "l12": Split(12, LEVELS),
-    "l24": Split(24, LEVELS),
     "n1": Split(24, beta=4),
+    "l12": Split(12, LEVELS),
+    "j1": Split(24, beta=5, joint=6, start="n1"),
     "n2": Split(24, beta=12),
-    "n3": Split(24, beta=30),
-    "j1": Split(24, beta=4, joint=12),
+    "l24": Split(24, LEVELS),
+    "ens": Split(12, (4, 2, 1), early=True, members=4),
 }
 
 
@@ -150,13 +151,7 @@ class Measure:
         self.outputs = {part: self.kept(f"outputs.{part}", (self.tail,), FEATURE, (10,), pieces(self.cut[part]))
                         for part in self.cut}  # fmt: skip
         if "uncut" not in self.results():
-            self.results(uncut=float(self.right(self.outputs["test"]).mean()))
-
-    def right(self, outputs, name=""):
-        right = outputs.argmax(1) == self.labels["test"]
-        if name:
-            np.save(self.folder / f"right.{name}.npy", right)
-        return right
+            self.results(uncut=self.against(self.outputs["test"])["accuracy"])
 
     def rows(self, part, early=False):
         """What goes into the encoder, and what the uncut network makes of it."""
@@ -172,7 +167,8 @@ class Measure:
         student, choices = one.student(self.tail), range(1, one.members + 1)
         picked = [(choice, bits) for choice in choices for bits in one.bits]
         loss = distil.stage1(student, bits=one.bits, beta=one.beta, copies=2)
-        self.fit(f"{name}.hnd", student, student.stage(1), loss, rows, Schedule(one.hnd, BATCH, 2e-3, cosine=True))
+        schedule = Schedule(10, BATCH, 2e-3, cosine=True)
+        self.fit(f"{one.start or name}.hnd", student, student.stage(1), loss, rows, schedule)
         if one.joint:
             loss = distil.joint(student, spread=distil.spread(rows), modes=picked, beta=one.beta)
             schedule = Schedule(one.joint, BATCH, 5e-4, cosine=True)
@@ -184,33 +180,48 @@ class Measure:
         if isinstance(student.channel, Levels):
             for choice in choices:
                 student.channel.settle(kept[f"latent{choice}"], choice)
-        before = self.measured(student, name, f"{name}.before") if f"{name}.tail" not in self.results() else None
+        before = self.measured(student, name, kept, one.bits[:1]) if name not in self.results() else None
         tuned = Rows({key: rows.arrays[key] for key in ("label", "outputs")} | kept, copies=COPIES)
         schedule = Schedule(one.tail, BATCH, 3e-4, cosine=True)
-        self.fit(f"{name}.tail", student, student.stage(2), distil.stage2(student, modes=picked), tuned, schedule)
+        loss = distil.stage2(student, modes=picked, bf16=True)
+        self.fit(f"{name}.tail", student, student.stage(2), loss, tuned, schedule)
         student.eval().requires_grad_(False)
         if before is not None:
-            found = {"before": before, "modes": self.measured(student, name, name), "encoder": frozen}
+            found = {"before": before, "modes": self.measured(student, name, kept, one.bits), "encoder": frozen}
             self.results(**{name: found | {"same": distil.digest(student.encoder) == frozen}})
         return student
 
-    def measured(self, student, name, saved):
+    def measured(self, student, name, kept, bits):
+        """Each mode: tables of the latents that trained, a message of each picture of the test, decoded, and answered
+        by the tail's graph."""
         one, found = SPLITS[name], []
-        train, test = self.rows("train", one.early), self.rows("test", one.early)
+        count, test = len(self.labels["train"]), self.rows("test", one.early)
         for choice in range(1, one.members + 1):
-            learnt, held = modes.latents(student, train, choice), modes.latents(student, test, choice)
-            for bits in one.bits:
-                tables = modes.tables(student, learnt, choice, bits)
-                sizes, outputs = modes.answers(student, tables, held)
-                right = self.right(outputs, f"{saved}.e{choice}b{bits}")
+            held = modes.latents(student, test, choice)
+            for number in bits:
+                tables = modes.tables(student, kept[f"latent{choice}"][:count], choice, number)
+                sizes, outputs = self.answered(student, one, tables, held)
                 ideal = tables.cost(tables.quantiser.quantise(held)) / 8 / len(held)
-                row = {"encoder": choice, "bits": bits or tables.bits, "bytes": float(sizes.mean())}
-                found.append(row | {"raw": held[0].size * tables.bits / 8, "ideal": ideal} | self.against(right))
+                row = {"encoder": choice, "bits": number or tables.bits, "bytes": float(sizes.mean())}
+                found.append(row | {"raw": held[0].size * tables.bits / 8, "ideal": ideal})
+                found[-1] |= self.against(outputs, f"{name}.e{choice}b{number}")
         return found
 
-    def against(self, right):
-        """Accuracy, and its difference to the uncut network's on the same pictures."""
-        less, half = modes.paired(right, self.right(self.outputs["test"]))
+    def answered(self, student, one, tables, held):
+        """Bytes of each latent's message, and what the tail's graph makes of it in ONNX Runtime."""
+        codec = Codec(tables, held.shape[1:])
+        messages = [codec.encode(held[at : at + 1]) for at in range(len(held))]
+        received = np.concatenate([codec.decode(message) for message in messages])
+        with open_graph(self.tail_file(student, one), {}, threads=1) as graph:
+            outputs = [graph.run({"latent": piece})["y"] for piece in pieces(received)]
+        return np.array([len(message) for message in messages]), np.concatenate(outputs)
+
+    def against(self, outputs, name=""):
+        """Accuracy, and its difference to the uncut network's on the same pictures, the first of the test."""
+        right, uncut = (one.argmax(1) == self.labels["test"][: len(one)] for one in (outputs, self.outputs["test"]))
+        less, half = modes.paired(right, uncut[: len(right)])
+        if name:
+            np.save(self.folder / f"right.{name}.npy", right)
         return {"accuracy": float(right.mean()), "less": less, "interval": half}
 
     def local(self):
@@ -224,16 +235,16 @@ class Measure:
         self.fit("local", leaves, list(leaves.parameters()), loss, rows, Schedule(8, BATCH, 2e-3, cosine=True))
         with torch.no_grad():
             found = [leaves(batch["input"]).numpy() for batch in self.rows("test", True).batches(250)]
-        self.results(local=self.against(self.right(np.concatenate(found), "local")))
+        self.results(local=self.against(np.concatenate(found), "local"))
 
     def codecs(self):
-        """The uncut network on the test's pictures after they went through JPEG and WebP."""
+        """The uncut network on the test's first 1,000 pictures after they went through JPEG and WebP."""
         found, whole = {}, (self.stem, self.head, self.tail)
         with torch.no_grad():
             graph = open_graph(export.network(whole, {"x": IMAGE}, "y", (10,)), {}, threads=1)
         for kind, quality, options in CODECS:
             sizes, outputs = [], []
-            for at in range(0, len(self.small["test"]), BATCH):
+            for at in range(0, 1000, BATCH):
                 back = []
                 for picture in enlarged(self.small["test"][at : at + BATCH]):
                     file = io.BytesIO()
@@ -242,10 +253,9 @@ class Measure:
                     back.append(np.asarray(Image.open(file).convert("RGB")))
                 outputs.append(graph.run({"x": scaled(np.stack(back)).numpy()})["y"])
             name = f"{kind} {quality}" + " optimised" * ("optimize" in options)
-            found[name] = {"bytes": float(np.mean(sizes)), **self.against(self.right(np.concatenate(outputs)))}
+            found[name] = {"bytes": float(np.mean(sizes)), **self.against(np.concatenate(outputs))}
             self.say(name, found[name])
         self.results(codecs=found)
-
 
     def tails(self, name="best"):
         """A second tail for the encoder of a split that is done: a small one, for another task (is it an animal?). The
@@ -263,7 +273,7 @@ class Measure:
         held = modes.latents(student, self.rows("test", one.early))
         tables, found = modes.tables(student, arrays["latent"][: len(animals["train"])], 0, one.bits[0]), {}
         for kind, maker, labels in (("ten classes", student, self.labels["test"]), ("animals", other, animals["test"])):
-            _, outputs = modes.answers(maker, tables, held)
+            _, outputs = self.answered(maker, one, tables, held)
             tail = hashlib.sha256(self.tail_file(maker, one)).hexdigest()
             found[kind] = {"accuracy": float((outputs.argmax(1) == labels).mean()), "tail": tail}
         after = self.head_file(other, name)
@@ -278,7 +288,8 @@ class Measure:
 
     @torch.no_grad()
     def tail_file(self, student, one):
-        return export.network((student.decoder, student.tail), {"latent": (one.latent, 8, 8)}, "y", (10,))
+        classes = 2 if isinstance(student.tail, Exit) else 10
+        return export.network((student.decoder, student.tail), {"latent": (one.latent, 8, 8)}, "y", (classes,))
 
     def times(self):
         """Of heads in ONNX Runtime, one picture, one thread: an ensemble's by members, of the others once."""
@@ -296,8 +307,8 @@ class Measure:
 
 
 ANIMALS = (2, 3, 4, 5, 6, 7)  # the others are vehicles
-CODECS = [("JPEG", 75, {}), *(("JPEG", quality, {"optimize": True}) for quality in (75, 30, 15, 8, 4, 2, 1))]
-CODECS += [("WEBP", quality, {"method": 6}) for quality in (75, 40, 20, 10, 5, 2, 0)]
+CODECS = [("JPEG", 75, {}), *(("JPEG", quality, {"optimize": True}) for quality in (75, 30, 10, 3, 1))]
+CODECS += [("WEBP", quality, {"method": 6}) for quality in (75, 30, 10, 3, 0)]
 
 
 def pieces(array):

@@ -1,9 +1,8 @@
 """Training of an encoder and a decoder in the place of a network's first part, in stages that can be killed and go on.
 
 Stage 1 distils features: HND the one at the cut (Matsubara and Levorato 2020), GHND also later ones of the frozen tail,
-plus the message's bits where a prior measures them (Matsubara et al. 2022). Between the stages `joint` can let all of
-it learn the task. Stage 2 trains decoder and tail for the task with the encoder frozen, so that one deployed encoder
-serves many tails (BottleFit, Matsubara et al. 2022). `fit`
+plus the message's bits where a prior measures them (Matsubara et al. 2022). Stage 2 trains decoder and tail for the
+task with the encoder frozen, so that one deployed encoder serves many tails (BottleFit, Matsubara et al. 2022). `fit`
 is the loop under both: its order and its noise follow from the seed, so a run that was killed ends as one that was not.
 Losses are sums over a row's features, averaged over rows. It knows nothing about images, cuts or files of networks.
 """
@@ -128,11 +127,10 @@ class Student(nn.Module):
         return self.decode(self.send(self.encode(x, choice), bits, choice))[1]
 
     def stage(self, number: int) -> list[nn.Parameter]:
-        """Readies stage 1 (encoder, channel and decoder learn), 2 (decoder and tail) or 0 (all of them); returns what
-        learns. The tail's norms keep their statistics."""
-        whole = (self.encoder, self.channel, self.decoder, self.tail)
-        learns = {0: whole, 1: whole[:3], 2: whole[2:]}[number]
-        for part in whole:
+        """Readies stage 1 (encoder, channel and decoder learn) or 2 (decoder and tail); returns what learns. The tail's
+        norms keep their statistics."""
+        learns = (self.encoder, self.channel, self.decoder) if number == 1 else (self.decoder, self.tail)
+        for part in (self.encoder, self.channel, self.decoder, self.tail):
             part.train(part in learns and part is not self.tail)
             part.requires_grad_(part in learns)
         return [parameter for part in learns for parameter in part.parameters()]
@@ -244,45 +242,16 @@ def stage2(
             latent = student.send(batch[named if named in batch else "latent"], bits, choice)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = student.tail(student.decoder(latent)).float()
-        return _task(logits, batch, alpha)
+        total = torch.zeros(())
+        if alpha:
+            total = total + alpha * F.cross_entropy(logits, batch["label"].long())
+        if alpha < 1:
+            wanted = F.log_softmax(batch["outputs"], 1)
+            kl = F.kl_div(F.log_softmax(logits, 1), wanted, reduction="batchmean", log_target=True)
+            total = total + (1 - alpha) * kl
+        return total
 
     return loss
-
-
-def joint(
-    student: Student, *, spread: float, names: Sequence[str] = (CUT,), modes: Sequence[tuple[int, int]] = ((0, 0),),
-    beta: float = 0.0, alpha: float = 0.5,
-) -> Loss:  # fmt: skip
-    """Stage 2's loss and stage 1's in parts of `spread`, for an encoder, a decoder and a tail that learn together: what
-    matters to the task gets the latent's bits, and what a bit is worth in squared error stays as it was. Batches have
-    what both need. Each step draws one of `modes`, (choice, bits)."""
-
-    def loss(batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        choice, bits = modes[int(torch.randint(len(modes), (), generator=generator))]
-        sent = student.send(student.encode(batch["input"], choice), bits, choice, generator)
-        features, logits = student.decode(sent)
-        total = distance(features, batch, names)
-        if beta:
-            total = total + beta * student.cost(sent).sum() / len(sent)
-        return _task(logits, batch, alpha) + total / spread
-
-    return loss
-
-
-def spread(rows: Rows, names: Sequence[str] = (CUT,), enough: int = 1000) -> float:
-    """The squared error, a row, of always giving the features' means, from the first rows."""
-    return float(sum(rows.arrays[name][: min(rows.count, enough)].astype(np.float32).var(0).sum() for name in names))
-
-
-def _task(logits: torch.Tensor, batch: Batch, alpha: float) -> torch.Tensor:
-    total = torch.zeros(())
-    if alpha:
-        total = total + alpha * F.cross_entropy(logits, batch["label"].long())
-    if alpha < 1:
-        wanted = F.log_softmax(batch["outputs"], 1)
-        kl = F.kl_div(F.log_softmax(logits, 1), wanted, reduction="batchmean", log_target=True)
-        total = total + (1 - alpha) * kl
-    return total
 
 
 def fit(

@@ -23,8 +23,7 @@ class SplitRecipe:
     the cut's size), in `members` of an ensemble or at `widths`. `bits` are those of a latent's element, or, with `beta`
     above 0, a learned prior says how many, and `beta` is what a bit may cost in squared error of features. `epochs` and
     `rate` are of the first stage, `tail_epochs` and `tail_rate` of the second, in which labels weigh `alpha` and the
-    teacher's answers the rest; `joint_epochs` between them, at a `joint_rate`, let the encoder learn the task as well.
-    A part `held` of the rows trains nothing and measures the modes. Pictures are (x - mean)
+    teacher's answers the rest. A part `held` of the rows trains nothing and measures the modes. Pictures are (x - mean)
     / deviation of bytes."""
 
     cut: str = ""
@@ -42,8 +41,6 @@ class SplitRecipe:
     epochs: int = 10
     batch: int = 64
     rate: float = 1e-3
-    joint_epochs: int = 0
-    joint_rate: float = 5e-4
     tail_epochs: int = 5
     tail_rate: float = 3e-4
     alpha: float = 0.5

@@ -1,8 +1,7 @@
 """A network and pictures become a split network: a device's bundle and an edge's, with every mode measured.
 
-A straight line: cut, distil, tune all of it where that is asked for, tune the tail for the frozen encoder, write head
-and tail as graphs, measure each mode on held-out rows, pack. Everything that took long is kept in a folder of
-checkpoints, from which a second try goes on.
+A straight line: cut, distil, tune the tail for the frozen encoder, write head and tail as graphs, measure each mode on
+held-out rows, pack. Everything that took long is kept in a folder of checkpoints, from which a second try goes on.
 """
 
 import hashlib
@@ -186,29 +185,22 @@ def _key(student: Student, recipe: SplitRecipe, rows: Rows) -> str:
 def _teach(
     student: Student, recipe: SplitRecipe, rows: Rows, folder: Path, progress: Progress
 ) -> tuple[str, list[float]]:
-    """All stages; the digest of the encoder before the last, which leaves it as it is."""
+    """Both stages; the digest of the encoder between them, which the second leaves as it is."""
     names, bits = (CUT, *recipe.taps), (0,) if recipe.beta else recipe.bits
     key = _key(student, recipe, rows)
     schedule = Schedule(recipe.epochs, recipe.batch, recipe.rate, cosine=True, seed=recipe.seed)
     loss = distil.stage1(student, names=names, bits=bits, beta=recipe.beta)
     losses = distil.fit(student, student.stage(1), loss, rows, schedule, checkpoint=folder / f"{key}.1.pt",
                         stage="distil", progress=progress)  # fmt: skip
-    choices = range(1, student.choices + 1)
-    picked = [(choice, number) for choice in choices for number in bits]
-    if recipe.joint_epochs:
-        schedule = Schedule(recipe.joint_epochs, recipe.batch, recipe.joint_rate, cosine=True, seed=recipe.seed)
-        loss = distil.joint(student, spread=distil.spread(rows, names), names=names, modes=picked, beta=recipe.beta,
-                            alpha=recipe.alpha)  # fmt: skip
-        losses += distil.fit(student, student.stage(0), loss, rows, schedule, checkpoint=folder / f"{key}.joint.pt",
-                             stage="joint", progress=progress)  # fmt: skip
     recalibrate(student.encoder, lambda: (batch["input"] for batch in rows.batches(_BATCH)))
-    frozen = distil.digest(student.encoder)
+    frozen, choices = distil.digest(student.encoder), range(1, student.choices + 1)
     kept = {f"latent{choice}": modes.latents(student, rows, choice, copies=True) for choice in choices}
     if isinstance(student.channel, Levels):
         for choice in choices:
             student.channel.settle(kept[f"latent{choice}"], choice)
     tuned = Rows({**{key: rows.arrays[key] for key in ("label", "outputs")}, **kept}, copies=rows.copies)
     schedule = Schedule(recipe.tail_epochs, recipe.batch, recipe.tail_rate, cosine=True, seed=recipe.seed)
+    picked = [(choice, number) for choice in choices for number in bits]
     loss = distil.stage2(student, modes=picked, alpha=recipe.alpha)
     losses += distil.fit(student, student.stage(2), loss, tuned, schedule, checkpoint=folder / f"{key}.2.pt",
                          stage="tail", progress=progress)  # fmt: skip

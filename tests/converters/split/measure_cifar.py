@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from shoal.chart import Line, draw
 from shoal.converters.split import bottleneck, distil, export, modes
 from shoal.converters.split.distil import CUT, Rows, Schedule, Student
 from shoal.converters.split.entropic import FactorisedPrior
@@ -32,35 +33,37 @@ from shoal.converters.split.slimmable import Ensemble, Levels, recalibrate
 from shoal.runtime.session import open_graph
 from shoal.runtime.split.codec import Codec
 
-IMAGE, EARLY, FEATURE = (3, SIDE, SIDE), (40, 16, 16), (80, 8, 8)
+IMAGE, FEATURES = (3, SIDE, SIDE), {4: (40, 16, 16), 7: (80, 8, 8), 10: (112, 8, 8)}  # behind these blocks
 TRAIN, COPIES = 5000, 8  # each picture, its mirror image, and 6 that are moved and scaled
 BATCH = 50
 
 
 @dataclass(frozen=True)
 class Split:
-    """Behind block 7 a projection (`linear`), or `early`, behind block 4, an encoder of two layers or an ensemble."""
+    """A projection (`linear`) behind the device's own blocks up to `behind`, 7 or 10; behind
+    block 4 an ensemble of small encoders, with a decoder to block 7."""
 
     latent: int
     bits: tuple[int, ...] = (0,)
     beta: float = 0.0
-    early: bool = False
+    behind: int = 7
     members: int = 1
-    joint: int = 0  # epochs in which everything learns the task
-    start: str = ""  # another split whose first stage this one has
+    hnd: int = 10
     tail: int = 4
+
+    @property
+    def shape(self):
+        return self.latent, 8, 8
 
     def encoder(self):
         if self.members > 1:
             return Ensemble(bottleneck.encoder("thin", 40, self.latent, 2, 8) for _ in range(self.members))
-        if self.early:
-            return bottleneck.encoder("separable", 40, self.latent, 2, 96)
-        return bottleneck.encoder("linear", 80, self.latent, 1)
+        return bottleneck.encoder("linear", FEATURES[self.behind][0], self.latent, 1)
 
     def student(self, tail):
         torch.manual_seed(1)
         channel = FactorisedPrior(self.latent) if self.beta else Levels(self.latent, self.members)
-        decoder = bottleneck.decoder("light", (self.latent, 8, 8), FEATURE, width=128)
+        decoder = bottleneck.decoder("light", self.shape, FEATURES[max(self.behind, 7)], width=128)
         return Student(self.encoder(), channel, decoder, copy.deepcopy(tail))
 
 
@@ -68,10 +71,10 @@ LEVELS = (8, 4, 3, 2)
 SPLITS = {
     "n1": Split(24, beta=4),
     "l12": Split(12, LEVELS),
-    "j1": Split(24, beta=5, joint=6, start="n1"),
     "n2": Split(24, beta=12),
     "l24": Split(24, LEVELS),
-    "ens": Split(12, (4, 2, 1), early=True, members=4),
+    "d1": Split(24, beta=4, behind=10, hnd=5, tail=3),
+    "ens": Split(12, (4, 2, 1), behind=4, members=4),
 }
 
 
@@ -89,8 +92,8 @@ class Measure:
         end = TRAIN if dev else len(x)
         self.small = {"train": x[:begin], "test": x[begin:end]}
         self.labels = {"train": y[:begin], "test": y[begin:end]}
-        self.early = {part: self.kept(f"stem.{part}", (self.stem,), IMAGE, EARLY, self.pictures(part))
-                      for part in self.small}  # fmt: skip
+        self.features = {4: {part: self.kept(f"stem.{part}", (self.stem,), IMAGE, FEATURES[4], self.pictures(part))
+                             for part in self.small}}  # fmt: skip
 
     def say(self, *words):
         with open(self.folder / "log.txt", "a") as file:
@@ -142,37 +145,39 @@ class Measure:
         def loss(batch, generator):
             return F.cross_entropy(network(batch["input"]), batch["label"], label_smoothing=0.1)
 
-        plain = {"input": self.early["train"][: 2 * len(self.labels["train"])]}
+        plain = {"input": self.features[4]["train"][: 2 * len(self.labels["train"])]}
         rows = Rows({**plain, "label": np.tile(self.labels["train"], 2)}, copies=2)
         self.fit("uncut", network, list(network.parameters()), loss, rows, Schedule(4, 50, 5e-4, cosine=True))
         network.requires_grad_(False)
-        self.cut = {part: self.kept(f"cut.{part}", (self.head,), EARLY, FEATURE, pieces(self.early[part]))
-                    for part in self.early}  # fmt: skip
-        self.outputs = {part: self.kept(f"outputs.{part}", (self.tail,), FEATURE, (10,), pieces(self.cut[part]))
-                        for part in self.cut}  # fmt: skip
+        self.heads = {4: (self.stem,), 7: (self.stem, self.head), 10: (self.stem, self.head, self.tail.blocks[:3])}
+        late = copy.deepcopy(self.tail)
+        late.blocks = late.blocks[3:]
+        self.tails_behind = {7: self.tail, 10: late}
+        for behind, before, name in ((7, 4, "cut"), (10, 7, "late")):
+            self.features[behind] = {}
+            for part, given in self.features[before].items():
+                self.features[behind][part] = self.kept(f"{name}.{part}", self.heads[behind][-1:], FEATURES[before],
+                                                        FEATURES[behind], pieces(given))  # fmt: skip
+        self.outputs = {part: self.kept(f"outputs.{part}", (self.tail,), FEATURES[7], (10,), pieces(given))
+                        for part, given in self.features[7].items()}  # fmt: skip
         if "uncut" not in self.results():
             self.results(uncut=self.against(self.outputs["test"])["accuracy"])
 
-    def rows(self, part, early=False):
+    def rows(self, part, behind=7):
         """What goes into the encoder, and what the uncut network makes of it."""
         copies = COPIES if part == "train" else 1
-        arrays = {"input": (self.early if early else self.cut)[part], CUT: self.cut[part]}
+        arrays = {"input": self.features[behind][part], CUT: self.features[max(behind, 7)][part]}
         arrays |= {"outputs": self.outputs[part], "label": np.tile(self.labels[part], copies)}
         return Rows(arrays, copies=copies)
 
     def split(self, name):
-        """HND; where it is asked for, everything together; then the encoder is frozen, and decoder and tail learn. It
-        is measured before this last stage and after it."""
-        one, rows = SPLITS[name], self.rows("train", SPLITS[name].early)
-        student, choices = one.student(self.tail), range(1, one.members + 1)
+        """HND; then the encoder is frozen, and decoder and tail learn. It is measured before that and after it."""
+        one, rows = SPLITS[name], self.rows("train", SPLITS[name].behind)
+        student, choices = one.student(self.tails_behind[max(one.behind, 7)]), range(1, one.members + 1)
         picked = [(choice, bits) for choice in choices for bits in one.bits]
         loss = distil.stage1(student, bits=one.bits, beta=one.beta, copies=2)
-        schedule = Schedule(10, BATCH, 2e-3, cosine=True)
-        self.fit(f"{one.start or name}.hnd", student, student.stage(1), loss, rows, schedule)
-        if one.joint:
-            loss = distil.joint(student, spread=distil.spread(rows), modes=picked, beta=one.beta)
-            schedule = Schedule(one.joint, BATCH, 5e-4, cosine=True)
-            self.fit(f"{name}.joint", student, student.stage(0), loss, rows, schedule)
+        schedule = Schedule(one.hnd, BATCH, 2e-3, cosine=True)
+        self.fit(f"{name}.hnd", student, student.stage(1), loss, rows, schedule)
         recalibrate(student.encoder, lambda: (batch["input"] for batch in rows.batches(250)))
         student.eval().requires_grad_(False)
         frozen = distil.digest(student.encoder)
@@ -195,7 +200,7 @@ class Measure:
         """Each mode: tables of the latents that trained, a message of each picture of the test, decoded, and answered
         by the tail's graph."""
         one, found = SPLITS[name], []
-        count, test = len(self.labels["train"]), self.rows("test", one.early)
+        count, test = len(self.labels["train"]), self.rows("test", one.behind)
         for choice in range(1, one.members + 1):
             held = modes.latents(student, test, choice)
             for number in bits:
@@ -227,14 +232,14 @@ class Measure:
     def local(self):
         """An exit on the stem's output: what a device answers that runs no more than the head's first part."""
         torch.manual_seed(1)
-        leaves, rows = Exit(40, 10, 160), self.rows("train", True)
+        leaves, rows = Exit(40, 10, 160), self.rows("train", 4)
 
         def loss(batch, generator):
             return F.cross_entropy(leaves(batch["input"]), batch["label"])
 
         self.fit("local", leaves, list(leaves.parameters()), loss, rows, Schedule(8, BATCH, 2e-3, cosine=True))
         with torch.no_grad():
-            found = [leaves(batch["input"]).numpy() for batch in self.rows("test", True).batches(250)]
+            found = [leaves(batch["input"]).numpy() for batch in self.rows("test", 4).batches(250)]
         self.results(local=self.against(np.concatenate(found), "local"))
 
     def codecs(self):
@@ -257,20 +262,20 @@ class Measure:
             self.say(name, found[name])
         self.results(codecs=found)
 
-    def tails(self, name="best"):
+    def tails(self, name="n1"):
         """A second tail for the encoder of a split that is done: a small one, for another task (is it an animal?). The
         head's file is written before and after, and both tails answer the same messages."""
-        student, rows = self.split(name), self.rows("train", SPLITS[name].early)
+        student, rows = self.split(name), self.rows("train", SPLITS[name].behind)
         one, before = SPLITS[name], self.head_file(student, name)
         animals = {part: np.isin(labels, ANIMALS).astype(np.int64) for part, labels in self.labels.items()}
         torch.manual_seed(2)
-        decoder = bottleneck.decoder("light", (one.latent, 8, 8), FEATURE, width=64)
+        decoder = bottleneck.decoder("light", one.shape, FEATURES[7], width=64)
         other = Student(student.encoder, student.channel, decoder, Exit(80, 2, 160))
         arrays = {"label": np.tile(animals["train"], COPIES), "latent": modes.latents(student, rows, copies=True)}
         loss = distil.stage2(other, modes=((0, one.bits[0]),), alpha=1)
         schedule = Schedule(4, BATCH, 2e-3, cosine=True)
         self.fit(f"{name}.animals", other, other.stage(2), loss, Rows(arrays, copies=COPIES), schedule)
-        held = modes.latents(student, self.rows("test", one.early))
+        held = modes.latents(student, self.rows("test", one.behind))
         tables, found = modes.tables(student, arrays["latent"][: len(animals["train"])], 0, one.bits[0]), {}
         for kind, maker, labels in (("ten classes", student, self.labels["test"]), ("animals", other, animals["test"])):
             _, outputs = self.answered(maker, one, tables, held)
@@ -283,13 +288,12 @@ class Measure:
     def head_file(self, student, name):
         """The device's whole network, image to latent."""
         one = SPLITS[name]
-        stem = self.stem if one.early else nn.Sequential(self.stem, self.head)
-        return export.head(student.encoder, IMAGE, (one.latent, 8, 8), stem=stem)
+        return export.head(student.encoder, IMAGE, one.shape, stem=nn.Sequential(*self.heads[one.behind]))
 
     @torch.no_grad()
     def tail_file(self, student, one):
         classes = 2 if isinstance(student.tail, Exit) else 10
-        return export.network((student.decoder, student.tail), {"latent": (one.latent, 8, 8)}, "y", (classes,))
+        return export.network((student.decoder, student.tail), {"latent": one.shape}, "y", (classes,))
 
     def times(self):
         """Of heads in ONNX Runtime, one picture, one thread: an ensemble's by members, of the others once."""
@@ -299,11 +303,28 @@ class Measure:
                 continue
             graph, choices = self.head_file(self.split(name), name), range(1, SPLITS[name].members + 1)
             found[name] = [modes.head_ms(graph, IMAGE, choice, runs=120) for choice in choices]
-        body = export.head(self.split("ens").encoder, EARLY, (SPLITS["ens"].latent, 8, 8))
-        found["members alone"] = [modes.head_ms(body, EARLY, choice, runs=300) for choice in range(1, 5)]
+        body = export.head(self.split("ens").encoder, FEATURES[4], SPLITS["ens"].shape)
+        found["members alone"] = [modes.head_ms(body, FEATURES[4], choice, runs=300) for choice in range(1, 5)]
         with torch.no_grad():
             whole = export.network((self.stem, self.head, self.tail), {"x": IMAGE}, "y", (10,))
         self.results(times=found | {"uncut": modes.head_ms(whole, IMAGE, runs=120)})
+
+    def chart(self):
+        """docs/split-cifar.svg, of what was measured."""
+        found, curves = self.results(), {}
+        for name, label in (("n", "entropic, 24 channels"), ("l12", "8 to 2 bits, 12 channels"),
+                            ("l24", "8 to 2 bits, 24 channels"), ("ens", "ensemble, 4, 2 and 1 bits")):  # fmt: skip
+            rows = [row for key in SPLITS if key.startswith(name) and key in found for row in found[key]["modes"]]
+            curves[label] = [row for row in rows if row["encoder"] in (1, SPLITS["ens"].members)]
+        for kind in ("JPEG", "WEBP"):
+            rows = found.get("codecs", {}).items()
+            curves[f"{kind} of the picture"] = [row for key, row in rows if key.startswith(kind) and key != "JPEG 75"]
+        lines = [Line(label, tuple((100 * row["accuracy"], row["bytes"]) for row in rows))
+                 for label, rows in curves.items() if rows]  # fmt: skip
+        description = f"Bytes of a picture's message by the accuracy of what is answered; uncut {found['uncut']:.2%}."
+        (self.folder / "split-cifar.svg").write_text(
+            draw(lines, title="What a message costs and what its answer is worth", description=description,
+                 x_label="accuracy, %", y_label="bytes"))  # fmt: skip
 
 
 ANIMALS = (2, 3, 4, 5, 6, 7)  # the others are vehicles

@@ -60,7 +60,7 @@ def held(data, recipe: SplitRecipe) -> tuple[np.ndarray, np.ndarray]:
     [
         {"members": 2},
         {"widths": (0.5, 1.0)},
-        {"beta": 2.0, "mirror": True, "joint_epochs": 1},
+        {"beta": 2.0, "mirror": True},
         {"encoder": "linear", "stem": "0", "stride": 1, "epochs": 1},
     ],
     ids=["members", "widths", "entropic", "behind-its-own-layers"],

@@ -2,7 +2,7 @@
 
     python tests/converters/split/measure_cifar.py [--dev] DATA.npz WEIGHTS.pth FOLDER [STAGE ...]
 
-Stages are uncut, the names of SPLITS, local, codecs, tails and times; all of them by default. Each leaves its
+Stages are uncut, the names of SPLITS, local, codecs, tails, times and chart; all of them by default. Each leaves its
 checkpoints and its figures in FOLDER, is skipped once it is done and goes on where it was killed. The first layers (up
 to block 4) are frozen throughout, so what they give is computed once, for each picture and its changed copies. With
 --dev the 3,000 pictures of the test stay away: 4,000 train, and the other 1,000 of the 5,000 choose among recipes.
@@ -40,8 +40,8 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Split:
-    """A projection (`linear`) behind the device's own blocks up to `behind`, 7 or 10; behind
-    block 4 an ensemble of small encoders, with a decoder to block 7."""
+    """A projection (`linear`) behind the device's own blocks up to `behind`, 7 or 10; behind block 4 an ensemble of
+    small encoders, with a decoder to block 7."""
 
     latent: int
     bits: tuple[int, ...] = (0,)
@@ -72,8 +72,11 @@ SPLITS = {
     "n1": Split(24, beta=4),
     "l12": Split(12, LEVELS),
     "n2": Split(24, beta=12),
+    "w1": Split(40, beta=6),
+    "w2": Split(40, beta=9),
     "l24": Split(24, LEVELS),
     "d1": Split(24, beta=4, behind=10, hnd=5, tail=3),
+    "d2": Split(24, beta=12, behind=10, hnd=5, tail=3),
     "ens": Split(12, (4, 2, 1), behind=4, members=4),
 }
 
@@ -292,33 +295,34 @@ class Measure:
 
     @torch.no_grad()
     def tail_file(self, student, one):
-        classes = 2 if isinstance(student.tail, Exit) else 10
-        return export.network((student.decoder, student.tail), {"latent": one.shape}, "y", (classes,))
+        tail, classes = student.tail, 10
+        if isinstance(tail, Exit):  # its temperature is 1
+            tail, classes = tail.layers, 2
+        return export.network((student.decoder, tail), {"latent": one.shape}, "y", (classes,))
 
     def times(self):
-        """Of heads in ONNX Runtime, one picture, one thread: an ensemble's by members, of the others once."""
-        found = {}
-        for name in SPLITS:
-            if not (self.folder / f"{name}.tail.pt").exists():
-                continue
-            graph, choices = self.head_file(self.split(name), name), range(1, SPLITS[name].members + 1)
-            found[name] = [modes.head_ms(graph, IMAGE, choice, runs=120) for choice in choices]
-        body = export.head(self.split("ens").encoder, FEATURES[4], SPLITS["ens"].shape)
-        found["members alone"] = [modes.head_ms(body, FEATURES[4], choice, runs=300) for choice in range(1, 5)]
+        """In ONNX Runtime, one picture, one thread: of the ensemble's head by members (weights do not matter), of its
+        members alone, and of the uncut network."""
+        choices = range(1, SPLITS["ens"].members + 1)
+        student = SPLITS["ens"].student(self.tail).eval()
+        graph, body = self.head_file(student, "ens"), export.head(student.encoder, FEATURES[4], SPLITS["ens"].shape)
         with torch.no_grad():
             whole = export.network((self.stem, self.head, self.tail), {"x": IMAGE}, "y", (10,))
+        found = {"head": [modes.head_ms(graph, IMAGE, choice, runs=120) for choice in choices]}
+        found["members alone"] = [modes.head_ms(body, FEATURES[4], choice, runs=300) for choice in choices]
         self.results(times=found | {"uncut": modes.head_ms(whole, IMAGE, runs=120)})
 
     def chart(self):
         """docs/split-cifar.svg, of what was measured."""
         found, curves = self.results(), {}
-        for name, label in (("n", "entropic, 24 channels"), ("l12", "8 to 2 bits, 12 channels"),
-                            ("l24", "8 to 2 bits, 24 channels"), ("ens", "ensemble, 4, 2 and 1 bits")):  # fmt: skip
+        for name, label in (("n", "entropic, 24 channels"), ("d", "entropic, behind block 10"),
+                            ("l24", "8 to 2 bits, 24 channels"), ("l12", "8 to 2 bits, 12 channels"),
+                            ("ens", "ensemble of 4, at 4, 2 and 1 bits")):  # fmt: skip
             rows = [row for key in SPLITS if key.startswith(name) and key in found for row in found[key]["modes"]]
-            curves[label] = [row for row in rows if row["encoder"] in (1, SPLITS["ens"].members)]
+            curves[label] = [row for row in rows if name != "ens" or row["encoder"] == SPLITS[name].members]
         for kind in ("JPEG", "WEBP"):
-            rows = found.get("codecs", {}).items()
-            curves[f"{kind} of the picture"] = [row for key, row in rows if key.startswith(kind) and key != "JPEG 75"]
+            rows = [row for key, row in found.get("codecs", {}).items() if key.startswith(kind) and key != "JPEG 75"]
+            curves[f"{kind} of the picture"] = [row for row in rows if row["accuracy"] > 0.7]
         lines = [Line(label, tuple((100 * row["accuracy"], row["bytes"]) for row in rows))
                  for label, rows in curves.items() if rows]  # fmt: skip
         description = f"Bytes of a picture's message by the accuracy of what is answered; uncut {found['uncut']:.2%}."
@@ -341,7 +345,7 @@ def main(data, weights, folder, *stages, dev=False):
     torch.set_num_threads(1)  # two stages side by side are faster than one on two threads
     measure = Measure(data, weights, folder, dev)
     measure.uncut()
-    for stage in stages or (*SPLITS, "local", "codecs", "tails", "times"):
+    for stage in stages or (*SPLITS, "local", "codecs", "tails", "times", "chart"):
         if stage not in measure.results():
             measure.split(stage) if stage in SPLITS else getattr(measure, stage)()
 

@@ -72,8 +72,6 @@ SPLITS = {
     "n1": Split(24, beta=4),
     "l12": Split(12, LEVELS),
     "n2": Split(24, beta=12),
-    "w1": Split(40, beta=6),
-    "w2": Split(40, beta=9),
     "l24": Split(24, LEVELS),
     "d1": Split(24, beta=4, behind=10, hnd=5, tail=3),
     "d2": Split(24, beta=12, behind=10, hnd=5, tail=3),

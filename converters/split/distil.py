@@ -61,19 +61,19 @@ class Schedule:
 
 
 class Rows:
-    """Arrays with as many rows each, by name; mapped files too. Where `mirrored`, row i + n is row i mirrored, and an
-    epoch takes either."""
+    """Arrays with as many rows each, by name; mapped files too. Of `copies`, rows i + n, i + 2 n, ... are row i changed
+    (mirrored, say), and an epoch takes one of them."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], mirrored: bool = False):
+    def __init__(self, arrays: Mapping[str, np.ndarray], copies: int = 1):
         lengths = {len(array) for array in arrays.values()}
-        if len(lengths) != 1 or 0 in lengths or (mirrored and lengths.pop() % 2):
+        if len(lengths) != 1 or 0 in lengths or lengths.pop() % copies:
             said = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
             raise UsageError(
                 "These rows cannot be trained on.", f"Their numbers are {said or 'none'}.", "Give as many."
             )
-        self.arrays, self.mirrored = dict(arrays), mirrored
+        self.arrays, self.copies = dict(arrays), copies
         self.whole = len(next(iter(arrays.values())))
-        self.count = self.whole // (2 if mirrored else 1)
+        self.count = self.whole // copies
 
     def take(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """A batch; halves become fp32, bytes stay."""
@@ -81,7 +81,7 @@ class Rows:
         return {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
 
     def batches(self, size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All rows in their order, mirrored ones left out."""
+        """All rows in their order, changed copies left out."""
         for at in range(0, self.count, size):
             yield self.take(np.arange(at, min(at + size, self.count)))
 
@@ -290,8 +290,9 @@ def fit(
 
     while epoch < schedule.epochs:
         order = np.random.default_rng((schedule.seed, epoch)).permutation(rows.count)
-        if rows.mirrored:
-            order += rows.count * np.random.default_rng((schedule.seed, epoch, 1)).integers(0, 2, rows.count)
+        if rows.copies > 1:
+            drawn = np.random.default_rng((schedule.seed, epoch, 1)).integers(0, rows.copies, rows.count)
+            order += rows.count * drawn
         if step == 0:
             generator.manual_seed((schedule.seed << 20) + epoch)
         while step < steps:

@@ -47,12 +47,13 @@ class Mode:
 
 
 @torch.no_grad()
-def latents(student: Student, rows: Rows, choice: int = 0, *, mirrored: bool = False) -> np.ndarray:
-    """fp32 [n, ...] of all rows, or of as many again that are mirrored."""
+def latents(student: Student, rows: Rows, choice: int = 0, *, copies: bool = False) -> np.ndarray:
+    """fp32 [n, ...] of all rows, with `copies` of their changed ones too."""
     student.eval()
     found = []
-    for at in range(0, rows.whole if mirrored else rows.count, _BATCH):
-        batch = rows.take(np.arange(at, min(at + _BATCH, rows.whole if mirrored else rows.count)))
+    count = rows.whole if copies else rows.count
+    for at in range(0, count, _BATCH):
+        batch = rows.take(np.arange(at, min(at + _BATCH, count)))
         found.append(student.encode(batch["input"], choice).float().numpy())
     return np.concatenate(found)
 

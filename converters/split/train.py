@@ -209,7 +209,7 @@ def _rows(images, labels, recipe, head, tail, stem, progress) -> tuple[Rows, Row
             right = labels[chosen]
         else:
             right = said.argmax(1) if said.ndim == 2 else agreement.present(said).astype(np.int64)
-        sets.append(Rows({**arrays, "label": np.tile(right, len(mirrors))}, mirrored=len(mirrors) > 1))
+        sets.append(Rows({**arrays, "label": np.tile(right, len(mirrors))}, copies=len(mirrors)))
     return sets[0], sets[1]
 
 
@@ -269,11 +269,11 @@ def _teach(
                         stage="distil", progress=progress)  # fmt: skip
     recalibrate(student.encoder, lambda: (batch["input"] for batch in rows.batches(_BATCH)))
     frozen, choices = distil.digest(student.encoder), range(1, student.choices + 1)
-    kept = {f"latent{choice}": modes.latents(student, rows, choice, mirrored=True) for choice in choices}
+    kept = {f"latent{choice}": modes.latents(student, rows, choice, copies=True) for choice in choices}
     if isinstance(student.channel, Levels):
         for choice in choices:
             student.channel.settle(kept[f"latent{choice}"], choice)
-    tuned = Rows({**{key: rows.arrays[key] for key in ("label", "outputs")}, **kept}, mirrored=rows.mirrored)
+    tuned = Rows({**{key: rows.arrays[key] for key in ("label", "outputs")}, **kept}, copies=rows.copies)
     schedule = Schedule(recipe.tail_epochs, recipe.batch, recipe.tail_rate, cosine=True, seed=recipe.seed)
     picked = [(choice, number) for choice in choices for number in bits]
     loss = distil.stage2(student, modes=picked, alpha=recipe.alpha)

@@ -113,7 +113,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("channel", [Levels, FactorisedPrior])
 def test_a_training_that_was_killed_ends_as_one_that_was_not(teacher, channel, tmp_path):
-    rows = Rows({name: array[:200] for name, array in teacher.train.arrays.items()}, mirrored=True)
+    rows = Rows({name: array[:200] for name, array in teacher.train.arrays.items()}, copies=2)
     schedule, digests = Schedule(3, 20, 3e-3, cosine=True), []
     bits, beta = ((2, 4), 0.0) if channel is Levels else ((0,), 1.0)
     for kill in (None, (2, 7, 12)):

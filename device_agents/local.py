@@ -18,7 +18,7 @@ import numpy as np
 
 from shoal.runtime.bundle import Bundle
 from shoal.runtime.errors import BackendError, BundleError, ShoalError, UsageError
-from shoal.runtime.session import Place, Session, open_graph
+from shoal.runtime.session import Place, Session, Value, open_graph
 from shoal.runtime.split import modes
 from shoal.runtime.split.codec import Codec
 from shoal.runtime.split.link import coders
@@ -90,22 +90,34 @@ class Local:
         return "head" in self.roles and set(self._session("head").inputs) - {ENCODER} == set(feeds) - {ENCODER}
 
     def _latents(self, feeds: Mapping[str, np.ndarray], encoder: int) -> dict[str, np.ndarray]:
-        """The head's outputs; of one with several encoders, that one's, or the one that `feeds` names."""
+        """The head's outputs but a filter's score; of one with several encoders, that one's, or the one that `feeds`
+        names."""
         head = self._session("head")
-        return head.run({ENCODER: np.array(encoder), **feeds} if ENCODER in head.inputs else feeds)
+        outputs = head.run({ENCODER: np.array(encoder), **feeds} if ENCODER in head.inputs else feeds)
+        return {name: array for name, array in outputs.items() if name in self._tensors}
+
+    @cached_property
+    def _table(self) -> modes.ModeTable | None:
+        try:
+            return modes.read(self.bundle)
+        except BundleError:  # no modes, or none that can be read, of which the edge was not told either
+            return None
 
     @cached_property
     def _encoders(self) -> dict[int, int]:
         """The encoder of each mode."""
-        try:
-            return {mode.id: mode.encoder for mode in modes.read(self.bundle).modes}
-        except BundleError:  # no modes, or none that can be read, of which the edge was not told either
-            return {}
+        return {mode.id: mode.encoder for mode in self._table.modes} if self._table else {}
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, Value]:
+        """What of the head's outputs is for the tail."""
+        outputs = self._session("head").outputs
+        return modes.scored(outputs, self._table) if self._table else outputs
 
     @cached_property
     def _codecs(self) -> dict[int, Codec]:
         try:
-            return coders(self.bundle, self._session("head").outputs, "head")
+            return coders(self.bundle, self._tensors, "head")
         except BundleError as error:
             _log.warning("latents of %s go as they are: %s", self.name, error.why)
             return {}

@@ -91,7 +91,7 @@ def late(timeout: float) -> BusyError:
     return BusyError("The edge did not answer in time.", why, "Wait longer, or answer locally.")
 
 
-def coders(bundle: Bundle, values: dict[str, Value], role: str) -> dict[int, Codec]:
+def coders(bundle: Bundle, values: Mapping[str, Value], role: str) -> dict[int, Codec]:
     """For each mode of an open bundle that names a codec, that codec for the one latent among a graph's inputs or
     outputs; none where the bundle has no modes. Raises BundleError."""
     if bundle.find("modes") is None:
@@ -127,7 +127,7 @@ def open_role(bundle: Bundle, role: str, threads: int = 0) -> Session:
     return open_graph(bundle.bytes(bundle.section("graph", graph.section)), places, threads=threads)
 
 
-def latent_shape(values: dict[str, Value], role: str) -> tuple[int, ...]:
+def latent_shape(values: Mapping[str, Value], role: str) -> tuple[int, ...]:
     """(channels, ...) of the one latent among a graph's inputs or outputs. Raises BundleError where there is none."""
     found = list(values.values())
     if len(found) == 1 and found[0].dtype == np.float32 and len(found[0].dims) > 1:

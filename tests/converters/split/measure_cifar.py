@@ -72,6 +72,7 @@ SPLITS = {
     "n1": Split(24, beta=4),
     "l12": Split(12, LEVELS),
     "n2": Split(24, beta=12),
+    "n1 longer": Split(24, beta=4, hnd=30, tail=16),
     "l24": Split(24, LEVELS),
     "d1": Split(24, beta=4, behind=10, hnd=5, tail=3),
     "d2": Split(24, beta=12, behind=10, hnd=5, tail=3),
@@ -176,7 +177,7 @@ class Measure:
         one, rows = SPLITS[name], self.rows("train", SPLITS[name].behind)
         student, choices = one.student(self.tails_behind[max(one.behind, 7)]), range(1, one.members + 1)
         picked = [(choice, bits) for choice in choices for bits in one.bits]
-        loss = distil.stage1(student, bits=one.bits, beta=one.beta, copies=2)
+        loss = distil.stage1(student, bits=one.bits, beta=one.beta, copies=3 if one.members > 1 else 2)
         schedule = Schedule(one.hnd, BATCH, 2e-3, cosine=True)
         self.fit(f"{name}.hnd", student, student.stage(1), loss, rows, schedule)
         recalibrate(student.encoder, lambda: (batch["input"] for batch in rows.batches(250)))

@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from shoal.converters.split.tail import pack
+from shoal.device_agents.local import Local
 from shoal.runtime.bundle import Bundle, create
 from shoal.runtime.errors import BundleError, ConvertError, UsageError
 from shoal.runtime.split import modes
@@ -59,6 +60,14 @@ def test_nothing_is_sent_where_nothing_is(network, filtered):
             np.testing.assert_array_equal(result.outputs["logits"], other.outputs["logits"])
         assert asked == [2, 2]
         plain.close()
+
+
+def test_an_agent_sends_no_score(network, filtered):
+    feeds, plain, scored = {"image": network.images[:2]}, Local(network.device), Local(filtered)
+    with plain.bundle, scored.bundle:
+        assert scored.prepare(feeds, 2) == plain.prepare(feeds, 2)
+        assert set(scored.prepare(feeds)) == {"latent"}
+        scored.probe()
 
 
 def test_a_score_without_a_threshold_and_a_threshold_without_a_score_are_refused(network, filtered, tmp_path):

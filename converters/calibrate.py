@@ -10,6 +10,7 @@ that is in memory. It knows nothing about rounding methods or files' formats.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +34,21 @@ _ROWS = 4  # of calibration text that smoothing sees: a mean a channel needs no 
 def calibration_rows(recipe: Recipe, card: Card, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids int64 [rows, length] of the calibration text, spread over all of it. Raises SourceError where the text
     cannot be read or is shorter than a row."""
+    ids, starts, length = _spread(recipe, card, tokenizer)
+    return np.array([ids[start : start + length] for start in starts], np.int64)
+
+
+def unseen_rows(recipe: Recipe, card: Card, tokenizer: Tokenizer, most: int) -> list[np.ndarray]:
+    """Token ids int64 [length] of at most `most` rows of the same text, from the middle of where nothing is between
+    calibration rows; none where a text is too short for it. Raises SourceError as those do."""
+    ids, starts, length = _spread(recipe, card, tokenizer)
+    gaps = [(begin + length, end) for begin, end in pairwise(starts) if end - begin >= 2 * length]
+    chosen = gaps[:: -(-len(gaps) // most)] if gaps else []
+    return [np.array(ids[(at := (begin + end - length) // 2) : at + length], np.int64) for begin, end in chosen]
+
+
+def _spread(recipe: Recipe, card: Card, tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
+    """The calibration text's token ids, where the rows begin in it, and how long they are."""
     wanted = recipe.calibration
     text = CALIBRATION
     if wanted.text:
@@ -52,8 +68,8 @@ def calibration_rows(recipe: Recipe, card: Card, tokenizer: Tokenizer) -> np.nda
             f"It has {len(ids)} tokens, a row needs {length}.",
             "Give a longer text.",
         )
-    starts = np.linspace(0, len(ids) - length, min(rows, math.ceil(len(ids) / length))).astype(int)
-    return np.array([ids[start : start + length] for start in starts], np.int64)
+    count = min(rows, math.ceil(len(ids) / length))
+    return ids, np.linspace(0, len(ids) - length, count).astype(int).tolist(), length
 
 
 def smooth(

@@ -33,7 +33,7 @@ from .bitstack.sort import orders
 from .bitstack.stacks import Stacks
 from .bitstack.work import Work
 from .caches import cache_scales
-from .calibrate import calibrate, calibration_rows, smooth, stack
+from .calibrate import calibrate, calibration_rows, smooth, stack, unseen_rows
 from .experts import records
 from .experts.names import all_experts
 from .graph import GraphBuilder
@@ -44,7 +44,8 @@ from .text import CALIBRATION, HELDOUT
 from .walk import Scratch, stream
 from .weights import Weights
 
-SHORT, LONG = 128, 4  # tokens on which a stack's proxy order is measured; calibration rows for the others
+PIECES, SHORT, LONG = 4, 128, 4  # proxy orders of a stack, tokens of each; calibration rows for the others
+JUDGED = 8  # rows that say which proxy order is best
 CURVE_TOKENS, CURVE_POINTS = 1024, 9
 
 
@@ -218,9 +219,12 @@ def _sorted(
     assert recipe.ladder is not None
     chosen = recipe.ladder.sort
     measured = ("average", "greedy") if chosen in ("average", "greedy") else ()
-    short = Meter(opened, card, stacks, [rows[0][:SHORT]])
+    pieces = rows[:: -(-len(rows) // PIECES)]
+    short = (Meter(opened, card, stacks, [row[:SHORT]]) for row in pieces)  # one at a time: each holds logits
+    unseen = unseen_rows(recipe, card, tokenizer, JUDGED)
+    judge = Meter(opened, card, stacks, unseen, stride=2) if unseen else None
     long = Meter(opened, card, stacks, list(rows[:: -(-len(rows) // LONG)]), stride=2)
-    found = orders(stacks, {chosen, "proxy", "random", *measured}, short, long, progress)
+    found = orders(stacks, {chosen, "proxy", "random", *measured}, short, long, judge, progress)
     first = stacks.floors
     others = {name: tuple(order) for name, order in found.items() if name != chosen}
     index = Index(tuple(stacks.matrices), tuple(found[chosen]), sum(first), chosen, orders=others)

@@ -79,7 +79,7 @@ def _best(stacks: Stacks, orders: Sequence[list[int]], judge: Meter, progress: P
     floors, tops = stacks.floors, [len(one.steps) for one in stacks.matrices]
     sizes = [step_bytes(one) for one in stacks.matrices]
     level = sum(own[low] for own, low, top in zip(sizes, floors, tops, strict=True) if top > low)
-    losses, total = [], len(orders) * len(_JUDGED)
+    losses, total = list[float](), len(orders) * len(_JUDGED)
     for found in orders:
         loss = 0.0
         for part in _JUDGED:

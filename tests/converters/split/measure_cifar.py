@@ -314,11 +314,12 @@ class Measure:
     def chart(self):
         """docs/split-cifar.svg, of what was measured."""
         found, curves = self.results(), {}
-        for name, label in (("n", "entropic, 24 channels"), ("d", "entropic, behind block 10"),
+        for keys, label in (("n1 n2", "entropic, 24 channels"), ("d1 d2", "entropic, behind block 10"),
                             ("l24", "8 to 2 bits, 24 channels"), ("l12", "8 to 2 bits, 12 channels"),
                             ("ens", "ensemble of 4, at 4, 2 and 1 bits")):  # fmt: skip
-            rows = [row for key in SPLITS if key.startswith(name) and key in found for row in found[key]["modes"]]
-            curves[label] = [row for row in rows if name != "ens" or row["encoder"] == SPLITS[name].members]
+            rows = [row for key in keys.split() if key in found for row in found[key]["modes"]]
+            curves[label] = [row for row in rows if keys != "ens" or row["encoder"] == SPLITS[keys].members]
+        curves["entropic, trained longer"] = found.get("n1 longer", {}).get("modes", [])
         for kind in ("JPEG", "WEBP"):
             rows = [row for key, row in found.get("codecs", {}).items() if key.startswith(kind) and key != "JPEG 75"]
             curves[f"{kind} of the picture"] = [row for row in rows if row["accuracy"] > 0.7]

@@ -29,7 +29,7 @@ from shoal.converters.split import bottleneck, distil, export, modes
 from shoal.converters.split.distil import CUT, Rows, Schedule, Student
 from shoal.converters.split.entropic import FactorisedPrior
 from shoal.converters.split.exits import Exit
-from shoal.converters.split.slimmable import Ensemble, Levels, recalibrate
+from shoal.converters.split.slimmable import Ensemble, Levels, Slim, recalibrate
 from shoal.runtime.session import open_graph
 from shoal.runtime.split.codec import Codec
 
@@ -41,15 +41,20 @@ BATCH = 50
 @dataclass(frozen=True)
 class Split:
     """A projection (`linear`) behind the device's own blocks up to `behind`, 7 or 10; behind block 4 an ensemble of
-    small encoders, with a decoder to block 7."""
+    small encoders, or one at several widths, with a decoder to block 7."""
 
     latent: int
     bits: tuple[int, ...] = (0,)
     beta: float = 0.0
     behind: int = 7
     members: int = 1
+    widths: tuple[float, ...] = ()
     hnd: int = 10
     tail: int = 4
+
+    @property
+    def choices(self):
+        return len(self.widths) or self.members
 
     @property
     def shape(self):
@@ -58,11 +63,13 @@ class Split:
     def encoder(self):
         if self.members > 1:
             return Ensemble(bottleneck.encoder("thin", 40, self.latent, 2, 8) for _ in range(self.members))
+        if self.widths:
+            return Slim(bottleneck.encoder("separable", 40, self.latent, 2, 96), self.widths)
         return bottleneck.encoder("linear", FEATURES[self.behind][0], self.latent, 1)
 
     def student(self, tail):
         torch.manual_seed(1)
-        channel = FactorisedPrior(self.latent) if self.beta else Levels(self.latent, self.members)
+        channel = FactorisedPrior(self.latent) if self.beta else Levels(self.latent, self.choices)
         decoder = bottleneck.decoder("light", self.shape, FEATURES[max(self.behind, 7)], width=128)
         return Student(self.encoder(), channel, decoder, copy.deepcopy(tail))
 
@@ -77,6 +84,7 @@ SPLITS = {
     "d1": Split(24, beta=4, behind=10, hnd=5, tail=3),
     "d2": Split(24, beta=12, behind=10, hnd=5, tail=3),
     "ens": Split(12, (4, 2, 1), behind=4, members=4),
+    "wide": Split(24, (4, 2), behind=4, widths=(0.25, 0.5, 0.75, 1)),
 }
 
 
@@ -175,9 +183,9 @@ class Measure:
     def split(self, name):
         """HND; then the encoder is frozen, and decoder and tail learn. It is measured before that and after it."""
         one, rows = SPLITS[name], self.rows("train", SPLITS[name].behind)
-        student, choices = one.student(self.tails_behind[max(one.behind, 7)]), range(1, one.members + 1)
+        student, choices = one.student(self.tails_behind[max(one.behind, 7)]), range(1, one.choices + 1)
         picked = [(choice, bits) for choice in choices for bits in one.bits]
-        loss = distil.stage1(student, bits=one.bits, beta=one.beta, copies=3 if one.members > 1 else 2)
+        loss = distil.stage1(student, bits=one.bits, beta=one.beta, copies=3 if one.choices > 1 else 2)
         schedule = Schedule(one.hnd, BATCH, 2e-3, cosine=True)
         self.fit(f"{name}.hnd", student, student.stage(1), loss, rows, schedule)
         recalibrate(student.encoder, lambda: (batch["input"] for batch in rows.batches(250)))
@@ -203,7 +211,7 @@ class Measure:
         by the tail's graph."""
         one, found = SPLITS[name], []
         count, test = len(self.labels["train"]), self.rows("test", one.behind)
-        for choice in range(1, one.members + 1):
+        for choice in range(1, one.choices + 1):
             held = modes.latents(student, test, choice)
             for number in bits:
                 tables = modes.tables(student, kept[f"latent{choice}"][:count], choice, number)
@@ -316,9 +324,11 @@ class Measure:
         found, curves = self.results(), {}
         for keys, label in (("n1 n2", "entropic, 24 channels"), ("d1 d2", "entropic, behind block 10"),
                             ("l24", "8 to 2 bits, 24 channels"), ("l12", "8 to 2 bits, 12 channels"),
-                            ("ens", "ensemble of 4, at 4, 2 and 1 bits")):  # fmt: skip
+                            ("ens", "ensemble of 4, at 4, 2 and 1 bits"),
+                            ("wide", "behind block 4, a quarter to all of its width, 4 bits")):  # fmt: skip
             rows = [row for key in keys.split() if key in found for row in found[key]["modes"]]
-            curves[label] = [row for row in rows if keys != "ens" or row["encoder"] == SPLITS[keys].members]
+            fit = {"ens": lambda row: row["encoder"] == 4, "wide": lambda row: row["bits"] == 4}
+            curves[label] = list(filter(fit.get(keys), rows))
         curves["entropic, trained longer"] = found.get("n1 longer", {}).get("modes", [])
         for kind in ("JPEG", "WEBP"):
             rows = [row for key, row in found.get("codecs", {}).items() if key.startswith(kind) and key != "JPEG 75"]

@@ -2,6 +2,7 @@
 says what it costs; one that would have to be said in ONNX Runtime's operators there is refused; and our own kernels
 need none."""
 
+import gc
 import json
 import os
 import subprocess
@@ -77,6 +78,7 @@ def test_a_cache_that_cannot_be_used(bundle, unusable, tmp_path, monkeypatch):
 
 
 def test_our_kernels_need_no_cache_and_others_cannot_do_without(int4, unusable):
+    gc.collect()  # files that tests before this one left to it
     before = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else []
     with shoal.load(int4, context=64) as model:
         names = [row.name for row in model.plan.rows]

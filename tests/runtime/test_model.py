@@ -1,5 +1,6 @@
 """Loading: a bundle that changes meanwhile is refused, whoever changed it, and a refusal leaves nothing open."""
 
+import gc
 import os
 import shutil
 
@@ -48,6 +49,7 @@ def test_a_bundle_that_changes_while_it_is_loaded(own, monkeypatch, module, name
         return opened if after else real(*arguments, **options)
 
     monkeypatch.setattr(module, name, meanwhile)
+    gc.collect()  # files that tests before this one left to it
     before = os.listdir("/proc/self/fd")
     with pytest.raises(BundleError) as refused:
         shoal.load(own, context=64)

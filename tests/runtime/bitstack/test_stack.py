@@ -1,6 +1,7 @@
 """The resident stack: what is there is what counts and nothing else, verified before the kernels see it; bytes that are
 damaged, cut off, reordered or that lie are refused, and nothing has changed then."""
 
+import gc
 import json
 import os
 import random
@@ -242,6 +243,7 @@ INDEXES = {
 @pytest.mark.parametrize("damage", INDEXES)
 def test_an_index_that_lies_is_refused(make_stack, int8_bundle, mixed, tmp_path, damage):
     path = make_stack(int8_bundle, tmp_path / "m.shoal", mixed, change=INDEXES[damage])
+    gc.collect()  # files that tests before this one left to it
     before = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else []
     with pytest.raises(BundleError), shoal.load(path, context=64) as model:
         model.set_entries(model.stack.index.floor)

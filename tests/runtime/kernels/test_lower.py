@@ -2,6 +2,7 @@
 activations are rounded on the way; and graphs that neither can take."""
 
 import contextlib
+import gc
 import io
 import os
 
@@ -153,6 +154,7 @@ def changed(bundle, tmp_path):
 
 def refused(path, bundle_error: bool = True) -> None:
     """Neither kernels can take it, and they say so; nothing stays open."""
+    gc.collect()  # files that tests before this one left to it
     before = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else []
     for kernels, kv in (("auto", "fp32"), ("auto", "fp16"), ("ort", "fp32"), ("ort", "fp16")):
         with pytest.raises((BundleError, BackendError)) as error:

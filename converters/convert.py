@@ -29,7 +29,7 @@ from shoal.runtime.measure import PeakAnonymous
 from . import architectures, auto, parity, parts
 from . import recipe as recipes
 from .bitstack.measure import Meter
-from .bitstack.sort import orders
+from .bitstack.sort import drop_rivals, orders
 from .bitstack.stacks import Stacks
 from .bitstack.work import Work
 from .caches import cache_scales
@@ -223,6 +223,7 @@ def _sorted(
     short = (Meter(opened, card, stacks, [row[:SHORT]]) for row in pieces)  # one at a time: each holds logits
     unseen = unseen_rows(recipe, card, tokenizer, JUDGED)
     judge = Meter(opened, card, stacks, unseen, stride=2) if unseen else None
+    drop_rivals(stacks, judge or Meter(opened, card, stacks, list(pieces)), progress)
     long = Meter(opened, card, stacks, list(rows[:: -(-len(rows) // LONG)]), stride=2)
     found = orders(stacks, {chosen, "proxy", "random", *measured}, short, long, judge, progress)
     first = stacks.floors

@@ -82,8 +82,9 @@ class Calibration:
 class Ladder:
     """The steps of a stacked matrix, of which a device has as many as it has memory for. The `first` are blocks of
     signs and factors, chosen together and always there. `rungs` are whole matrices, each in place of all before it (the
-    first of them is always there where there are no first blocks); those that have no more bits than the first blocks
-    are left out, but where they have half the error: there they come instead. Then come `blocks` on top.
+    first of them is always there where there are no first blocks). Of those that have no more bits than the first
+    blocks one comes in their place where it has half the error; elsewhere they come after them, or are left out of a
+    model that gains nothing by them. Then come `blocks` on top.
     The factors' `rank` is 1, 2 or 4 by error per byte where it is 0. `sort` orders the steps of all matrices: by
     `proxy` (calibrated errors), `average` and `greedy` (measured perplexities, thousands of them), or `random`."""
 
@@ -115,8 +116,8 @@ class Ladder:
     def __post_init__(self):
         if any(rung.bits == 32 for rung in self.rungs) or len(self.rungs) > 8:
             raise _refuse("ladder has a rung of 32 bits, or more than 8 rungs", "rungs of 2 to 8 bits")
-        if any(more.bits <= less.bits for less, more in pairwise(self.rungs)):
-            raise _refuse("ladder's rungs do not rise", "from few bits to many")
+        if any((more.bits, -more.group) <= (less.bits, -less.group) for less, more in pairwise(self.rungs)):
+            raise _refuse("ladder's rungs do not rise", "from few bits, or long groups, to many")
         if not 0 <= self.blocks <= 16:
             raise _refuse(f"ladder has {self.blocks} blocks", "0 to 16 of them")
         if not (0 if self.rungs else 1) <= self.first <= 4:
@@ -202,7 +203,7 @@ NAMED = {
     ),
     "hybrid": Recipe(
         "hybrid", linear=_INT4, embedding=_TABLE, head=_INT4, method="bitstack",
-        ladder=Ladder(rungs=(Format(2, 64), Format(3), Format(4)), blocks=4),
+        ladder=Ladder(rungs=(Format(2, 64), Format(2), Format(3), Format(4)), blocks=4),
     ),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from .measure import Meter
 from .stacks import Stacks, step_bytes
 
 _LEAST = 1e-12
-_JUDGED = (0.1, 0.2, 0.4)
+_JUDGED = (0.05, 0.1, 0.2)
 
 
 def orders(
@@ -75,10 +75,10 @@ def _proxy(stacks: Stacks, meter: Meter, progress: Progress) -> list[int]:
 
 
 def _best(stacks: Stacks, orders: Sequence[list[int]], judge: Meter, progress: Progress) -> list[int]:
-    """The order of least perplexity at the `_JUDGED` parts of the first level's bytes, where orders differ most."""
-    floors, tops = stacks.floors, [len(one.steps) for one in stacks.matrices]
+    """The order of least perplexity at the `_JUDGED` parts of the rungs' bytes, where orders differ most."""
+    floors, whole = stacks.floors, stacks.counts(stacks.ladder.floor + max(1, len(stacks.ladder.rungs)))
     sizes = [step_bytes(one) for one in stacks.matrices]
-    level = sum(own[low] for own, low, top in zip(sizes, floors, tops, strict=True) if top > low)
+    level = sum(sum(own[low:top]) for own, low, top in zip(sizes, floors, whole, strict=True))
     losses, total = list[float](), len(orders) * len(_JUDGED)
     for found in orders:
         loss = 0.0
@@ -94,6 +94,39 @@ def _best(stacks: Stacks, orders: Sequence[list[int]], judge: Meter, progress: P
         losses.append(loss)
     progress(Event("sort", total, total, "", "perplexities"))
     return orders[losses.index(min(losses))]
+
+
+def drop_rivals(stacks: Stacks, judge: Meter, progress: Progress = silent) -> None:
+    """Drops the rungs of no more bits than the first blocks that lie above the line between those beside them, bytes
+    against the logarithm of the perplexity of the model that has them everywhere: whoever goes from less to more is as
+    well off without. By matrices' errors that is not to be seen (`worthwhile`)."""
+    floor, rivals = stacks.ladder.floor, stacks.ladder.rivals
+    if not rivals or rivals == len(stacks.ladder.rungs):
+        return
+    sizes = [step_bytes(one) for one in stacks.matrices]
+    levels = range(floor, floor + rivals + 2)  # and the rung after them
+    points: list[tuple[int, float, int]] = []
+    for level in levels:
+        progress(Event("sort", level - floor, len(levels), "rungs", "perplexities"))
+        counts = stacks.counts(level)
+        size = sum(sum(own[:count]) for own, count in zip(sizes, counts, strict=True))
+        points.append((size, math.log(judge.perplexity(counts)), level))
+    progress(Event("sort", len(levels), len(levels), "rungs", "perplexities"))
+    kept = [points[0]]
+    for at in range(1, len(points)):
+        while len(kept) > 1 and _above(kept[-1], kept[-2], points[at]):
+            kept.pop()
+        kept.append(points[at])
+    for level in set(levels) - {level for *_, level in kept}:
+        stacks.drop(level)
+
+
+def _above(point: tuple, less: tuple, more: tuple) -> bool:
+    """Whether a point (bytes, loss, ..) is not below the line between two others, or no line is there."""
+    if not less[0] < point[0] < more[0]:
+        return True
+    share = (point[0] - less[0]) / (more[0] - less[0])
+    return not point[1] < less[1] + share * (more[1] - less[1])
 
 
 def sensitivities(stacks: Stacks, meter: Meter, progress: Progress = silent) -> tuple[list[float], list[float]]:

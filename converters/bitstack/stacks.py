@@ -8,6 +8,7 @@ nothing about graphs, orders or perplexities.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +112,18 @@ class Stacks:
             self._registry.set(matrix, [payloads[at] for at in blocks], base)  # type: ignore[arg-type]
             self._counts[matrix] = count
 
+    def drop(self, level: int) -> None:
+        """Leaves out what brings matrices from less to `level`, a rung between two others; who has it at least keeps
+        it."""
+        for at, levels in enumerate(self.levels):
+            floor = sum(one <= self.ladder.floor for one in levels)
+            if level in levels[floor:]:
+                step = levels.index(level)
+                one = self.matrices[at]
+                self.matrices[at] = replace(one, steps=one.steps[:step] + one.steps[step + 1 :])
+                del self.levels[at][step], self._payloads[at][step], self.errors[at][step + 1]
+        self._counts = [-1] * len(self._counts)  # whatever is set now is set anew
+
     def write(self, sink, index: Index) -> None:
         """Writes the stack's entries in the order of `index`."""
         for entry in index.entries():
@@ -184,11 +197,12 @@ class _Stop(NamedTuple):
 
 
 def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0) -> list[int]:
-    """Which of a matrix's models (bytes, error) to keep. Of the first and its `rivals`, the next so many, one: a rival
-    where it has half the error, as in a few matrices where channels outdo all others, which leaves blocks many times
-    the error of integers. Where less is between them, errors compare badly, whatever the bytes: Gemma 3, with integers
-    in six matrices for having less of it, had 13 % more perplexity. Of two others of which the later is no larger, the
-    one with less error for its bytes. The last always."""
+    """Which of a matrix's models (bytes, error) to keep. Of the first and its `rivals`, the next so many, a rival comes
+    instead where it has half the error, as in a few matrices where channels outdo all others, which leaves blocks many
+    times the error of integers. Where less is between them, errors compare badly, whatever the bytes (Gemma 3, with
+    integers in six matrices for having less of it, had 13 % more perplexity): a rival that is larger and has less error
+    then comes after the first, and `Stacks.drop` takes it away where the whole model gains nothing by it. Of two others
+    of which the later is no larger, the one with less error for its bytes. The last always."""
 
     def loss(at: int) -> float:
         size, error = stops[at]
@@ -197,9 +211,11 @@ def worthwhile(stops: Sequence[tuple[int, float]], weights: int, rivals: int = 0
     kept = [0]
     for at in range(1, len(stops)):
         no_larger, last = stops[at][0] <= stops[kept[-1]][0], at == len(stops) - 1
-        if at <= rivals and not last:
-            if 2 * stops[at][1] <= stops[kept[-1]][1]:
+        if at <= rivals and not last and kept == [0]:
+            if 2 * stops[at][1] <= stops[0][1]:
                 kept[-1] = at
+            elif not no_larger and stops[at][1] < stops[0][1]:
+                kept.append(at)
         elif not no_larger:
             kept.append(at)
         elif last or loss(at) < loss(kept[-1]):

@@ -7,13 +7,16 @@ import pytest
 
 from shoal.converters.bitstack import sort
 from shoal.converters.calibrate import calibration_rows, unseen_rows
-from shoal.converters.recipe import Calibration, Recipe
+from shoal.converters.recipe import Calibration, Format, Ladder, Recipe
 from shoal.runtime.events import silent
 
 
 def test_the_order_is_taken_that_the_judge_finds_best(monkeypatch):
     monkeypatch.setattr(sort, "step_bytes", lambda one: [40, 10, 10])
-    stacks = SimpleNamespace(floors=[1] * 10, matrices=[SimpleNamespace(steps=range(3))] * 10)
+    stacks = SimpleNamespace(
+        floors=[1] * 10, matrices=[SimpleNamespace(steps=range(3))] * 10, ladder=Ladder(first=1, blocks=1),
+        counts=lambda level: [level] * 10,
+    )  # fmt: skip
     first = list(range(10))
     orders = [first + first[::-1] + first, first + first + first, first + [7, 8, 9, 0, 1, 2, 3, 4, 5, 6] + first]
     asked = []
@@ -24,7 +27,29 @@ def test_the_order_is_taken_that_the_judge_finds_best(monkeypatch):
             return 50.0 - sum(counts[:3])  # the first three matrices are worth most
 
     assert sort._best(stacks, orders, Judge(), silent) == orders[1]
-    assert [sum(counts) - 10 for counts in asked] == [1, 2, 4] * 3  # parts of the first level's bytes
+    assert [sum(counts) - 10 for counts in asked] == [0, 1, 2] * 3  # parts of the first level's bytes
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([4.0, 3.7, 3.5, 3.2], [2, 3, 4, 5]),  # each below the line between its neighbours
+        ([4.0, 3.95, 3.5, 3.2], [2, 4, 5]),
+        ([4.0, 3.9, 3.8, 3.2], [2, 5]),  # the second alone would be below the first
+        ([4.0, 4.5, 3.5, 3.2], [2, 4, 5]),
+        ([4.0, 3.7, 3.9, 3.2], [2, 3, 5]),
+    ],
+)
+def test_rungs_of_few_bits_stay_where_a_whole_model_gains_by_them(monkeypatch, losses, kept):
+    monkeypatch.setattr(sort, "step_bytes", lambda one: [20, 0, 10, 10, 20])
+    dropped = []
+    stacks = SimpleNamespace(
+        ladder=Ladder(rungs=(Format(2, 64), Format(2), Format(3))), matrices=[None], drop=dropped.append,
+        counts=lambda level: [level],
+    )  # fmt: skip
+    judge = SimpleNamespace(perplexity=lambda counts: float(np.exp(losses[counts[0] - 2])))
+    sort.drop_rivals(stacks, judge)
+    assert sorted({2, 3, 4, 5} - set(dropped)) == kept
 
 
 @pytest.mark.parametrize("tokens", [64, 640, 6400])

@@ -27,6 +27,7 @@ FEW = Calibration(tokens=512, length=128)
 PLAIN = dict(linear=Format(4), embedding=Format(8), head=Format(8), method="bitstack", calibration=FEW)
 BLOCKS = Recipe("blocks", ladder=Ladder(blocks=2), **PLAIN)
 RUNGS = Recipe("rungs", ladder=Ladder(first=0, rungs=(Format(2), Format(4)), blocks=2), **PLAIN)
+FINE = Recipe("fine", ladder=Ladder(rungs=(Format(2, 64), Format(2), Format(3), Format(4)), blocks=1), **PLAIN)
 BOTH = Recipe("both", ladder=Ladder(rungs=(Format(3), Format(4)), blocks=1), **PLAIN)
 
 
@@ -50,7 +51,7 @@ def weights_of(bundle: Bundle, index: Index, counts: list[int]) -> list[np.ndarr
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
-@pytest.mark.parametrize("recipe", [BLOCKS, RUNGS, BOTH], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [BLOCKS, RUNGS, BOTH, FINE], ids=lambda recipe: recipe.name)
 def test_a_stack_at_any_size_is_the_model_of_its_weights(tiny, tmp_path, family, recipe):
     """Logits of the floor, of a mixed size and of all are those of the source's graph over the weights that the entries
     say, but for how activations are rounded."""

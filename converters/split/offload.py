@@ -26,10 +26,11 @@ from .worlds import Context, Worlds, contexts
 class Schedule:
     """`rounds` of `worlds`, each in as many `copies`, of `tasks`. What is paid n tasks later counts `discount`^n.
     Scores begin as the marginal cost times -`greed`: the higher, the less is tried. `passes` over each round's
-    choices, `batch` at a time; a choice's odds count up to `clip` away from what they were (PPO)."""
+    choices, `batch` at a time, at a `rate` that falls to 0. A choice's odds count up to `clip` away from what they
+    were (PPO)."""
 
-    rounds: int = 120
-    worlds: int = 32
+    rounds: int = 300
+    worlds: int = 24
     copies: int = 8
     tasks: int = 150
     discount: float = 0.98
@@ -70,6 +71,7 @@ def anticipate(schedule: Schedule | None = None, seed: int = 0, progress: Progre
     network = Network(terms.hidden, terms.greed)
     optimiser = torch.optim.Adam(network.parameters(), terms.rate)
     for done in range(terms.rounds):
+        optimiser.param_groups[0]["lr"] = terms.rate * (1 - done / terms.rounds)
         met = contexts(rng, terms.worlds, terms.tasks)
         met = met.rows(np.repeat(np.arange(terms.worlds), terms.copies))
         features, costs, choices = episode(network.policy(), met, rng)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from shoal.runtime.events import Event, Progress, silent
-from shoal.runtime.split.learned import Policy
+from shoal.runtime.split.learned import FEATURES, Policy
 
 from .offload import Network, episode
 from .worlds import contexts
@@ -46,15 +46,31 @@ class Schedule:
     rate: float = 1e-3
 
 
+class Critic(nn.Module):
+    """What follows of each edge [n, edges], in typical tasks' seconds. It sees all edges at each, by a mean over what
+    it makes of them: what only the state decides, and no choice, would else be laid to an edge's own column."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.column = nn.Sequential(nn.Linear(FEATURES, hidden), nn.ReLU())
+        self.state = nn.Sequential(nn.Linear(FEATURES, hidden), nn.ReLU())
+        self.value = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, features: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
+        present = (~costs.isinf())[..., None].float()
+        state = (self.state(features) * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        column = self.column(features)
+        values = self.value(torch.cat([column, state.expand_as(column)], 2))[..., 0]
+        return _UNIT * values - costs.nan_to_num(posinf=0.0)
+
+
 class Learner:
     """An actor, two critics with slow copies, and α."""
 
     def __init__(self, terms: Schedule):
         self.terms = terms
         self.actor = Network(terms.hidden, terms.greed)
-        self.critics = [Network(terms.hidden, 0.0) for _ in range(2)]
-        for network in (*self.critics, *([] if terms.greed else [self.actor])):
-            nn.init.normal_(network.layers[-1].weight, 0.0, 0.05)
+        self.critics = [Critic(terms.hidden) for _ in range(2)]
         self.slow = copy.deepcopy(self.critics)
         self.log_alpha = torch.full((), -2.0, requires_grad=True)
         weights = [weight for network in self.critics for weight in network.parameters()]
@@ -74,7 +90,7 @@ class Learner:
             after = (chances * (_worse(self.slow, next_features, next_costs) - alpha * logs)).sum(1)
             target = -costs.gather(1, choice[:, None])[:, 0] + self.terms.discount * after
         losses = [
-            functional.smooth_l1_loss(_values(critic, features, costs).gather(1, choice[:, None])[:, 0], target)
+            functional.smooth_l1_loss(critic(features, costs).gather(1, choice[:, None])[:, 0], target)
             for critic in self.critics
         ]
         self._step(1, losses[0] + losses[1])
@@ -105,7 +121,8 @@ def train(schedule: Schedule | None = None, seed: int = 0, progress: Progress = 
     terms = schedule or Schedule()
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    learner, kept = Learner(terms), []
+    learner = Learner(terms)
+    kept: list[tuple[torch.Tensor, ...]] = []
     for done in range(terms.warm + terms.rounds):
         seen = episode(learner.actor.policy(), contexts(rng, terms.worlds, terms.tasks), rng)
         features, costs, choices = (torch.from_numpy(part) for part in seen)
@@ -128,9 +145,5 @@ def train(schedule: Schedule | None = None, seed: int = 0, progress: Progress = 
     return learner.actor.policy()
 
 
-def _values(critic: Network, features: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
-    return _UNIT * critic.layers(features)[..., 0] - costs.nan_to_num(posinf=0.0)
-
-
-def _worse(critics: list[Network], features: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
-    return torch.min(_values(critics[0], features, costs), _values(critics[1], features, costs))
+def _worse(critics: list[Critic], features: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
+    return torch.min(critics[0](features, costs), critics[1](features, costs))

@@ -222,7 +222,8 @@ def _view(servers: Sequence[Server], task: Task, load: Load, weight: float, scal
     sane = numbers.size and np.isfinite(numbers).all() and (numbers[:2] > 0).all() and (numbers[2:] >= 0).all()
     if not (sane and np.isfinite(works).all() and (works >= 0).all() and 0 < min(task.nbytes, task.work)):
         raise UsageError("There is nothing to choose from.", "An edge or a task is impossible.", "Give speeds above 0.")
-    return View(*numbers, np.ones((1, len(servers)), bool), works, *one)
+    speed, rate, watts, joules = numbers
+    return View(speed, rate, watts, joules, np.ones((1, len(servers)), bool), works, *one)
 
 
 def _shapes(hidden: int) -> list[tuple[int, ...]]:

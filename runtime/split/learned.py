@@ -154,6 +154,11 @@ class Policy:
             raise _refuse(f"cannot be read: {error.strerror}") from None
 
     @classmethod
+    def shipped(cls) -> "Policy":
+        """The one that comes with the package, of `offload.anticipate()` as it is by default."""
+        return cls.load(Path(__file__).with_name("edges.policy"))
+
+    @classmethod
     def from_bytes(cls, data: bytes) -> "Policy":
         """Reads untrusted bytes. Raises BundleError that says what is wrong."""
         if len(data) < _HEADER.size or not data.startswith(MAGIC):

@@ -77,3 +77,10 @@ def test_a_short_training_is_better_than_chance(train):
     assert found.greed == 0 and found.to_bytes() == again.to_bytes()
     ratios = np.log(paid(lambda view: found.scores(*encode(view)).argmax(1), unseen) / paid(blind, unseen))
     assert ratios.mean() + 4 * ratios.std() / len(ratios) ** 0.5 < np.log(0.7)
+
+
+def test_what_is_shipped_is_better_than_the_greedy_where_it_was_not_trained():
+    unseen = contexts(np.random.default_rng(78), 48, 150)
+    shipped = Policy.shipped()
+    ratios = np.log(paid(lambda view: shipped.scores(*encode(view)).argmax(1), unseen) / paid(cheapest, unseen))
+    assert ratios.mean() + 2 * ratios.std() / len(ratios) ** 0.5 < 0

@@ -60,8 +60,10 @@ def test_an_edge_is_scored_for_what_it_is_not_for_its_place(servers, nbytes, wor
 @given(edges, amounts, amounts)
 def test_units_do_not_matter(servers, nbytes, work):
     task, other = Task(0.0, nbytes, work), Load(LOAD.every, LOAD.nbytes * 8, LOAD.work * 1e9)
-    scaled = [Server(one.speed * 1e9, one.rate * 8, one.watts, one.joules / 1e9, tuple(left * 1e9 for left in one.works))
-              for one in servers]  # fmt: skip
+    scaled = [
+        Server(one.speed * 1e9, one.rate * 8, one.watts, one.joules / 1e9, tuple(1e9 * left for left in one.works))
+        for one in servers
+    ]
     here = view(servers, task)
     there = view(scaled, Task(0.0, nbytes * 8, work * 1e9))
     there = View(**{**vars(there), "typical_nbytes": np.array([other.nbytes]), "typical_work": np.array([other.work])})
@@ -72,7 +74,8 @@ def test_without_a_network_it_is_the_greedy():
     parts = [np.zeros_like(part) for part in policy().weights]
     rng = np.random.default_rng(3)
     servers = [Server(1.0, 1.0, 0.5), Server(2.0, 0.5, 0.1, 0.2), Server(4.0, 0.2)]
-    tasks = [Task(*row) for row in zip(np.cumsum(rng.exponential(0.3, 100)), *rng.lognormal(size=(2, 100)), strict=True)]
+    columns = np.cumsum(rng.exponential(0.3, 100)), *rng.lognormal(size=(2, 100))
+    tasks = [Task(*row) for row in zip(*columns, strict=True)]
     for weight in (1.0, 0.5):
         learned = simulate(Policy(parts, 1.0).choice(Load.of(tasks), weight), servers, tasks)
         assert learned == simulate(greedy(weight), servers, tasks)

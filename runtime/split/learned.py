@@ -208,10 +208,7 @@ class Policy:
         hidden = shapes[0][-1] if shapes and len(shapes[0]) == 2 else 0
         if not 1 <= hidden <= MAX_HIDDEN or shapes != _shapes(hidden):
             return f"weights of shapes {shapes}"
-        if (
-            not all(np.isfinite(part).all() for part in self.weights)
-            or max(abs(part).max() for part in self.weights) > 1e4
-        ):
+        if not all((abs(part) <= 1e4).all() for part in self.weights):  # what is no number is not either
             return "weights that are not finite or beyond 10,000"
         if not 0 <= self.greed <= 1e4:
             return f"{self.greed} of the marginal cost"
@@ -225,7 +222,8 @@ def _view(servers: Sequence[Server], task: Task, load: Load, weight: float, scal
         row[: len(server.works)] = server.works
     one = np.array([task.nbytes, task.work, load.every, load.nbytes, load.work, weight, scale])[:, None]
     sane = numbers.size and np.isfinite(numbers).all() and (numbers[:2] > 0).all() and (numbers[2:] >= 0).all()
-    if not (sane and np.isfinite(works).all() and (works >= 0).all() and 0 < min(task.nbytes, task.work)):
+    sane = sane and np.isfinite(works).all() and (works >= 0).all() and np.isfinite(one).all() and (one[:2] > 0).all()
+    if not sane:
         raise UsageError("There is nothing to choose from.", "An edge or a task is impossible.", "Give speeds above 0.")
     speed, rate, watts, joules = numbers
     return View(speed, rate, watts, joules, np.ones((1, len(servers)), bool), works, *one)

@@ -132,7 +132,8 @@ def test_what_cannot_be_is_refused():
     for servers in ([], [Server(0.0, 1.0)], [Server(1.0, np.nan)], [Server(1.0, 1.0, works=(np.inf,))]):
         with pytest.raises(UsageError, match="nothing to choose"):
             choose(servers, Task(0.0, 1.0, 1.0))
-    with pytest.raises(UsageError, match="nothing to choose"):
-        choose([Server(1.0, 1.0)], Task(0.0, 1.0, 0.0))
+    for nbytes, work in ((1.0, 0.0), (np.inf, 1.0), (1.0, np.nan)):
+        with pytest.raises(UsageError, match="nothing to choose"):
+            choose([Server(1.0, 1.0)], Task(0.0, nbytes, work))
     with pytest.raises(UsageError, match="no load"):
         Load.of([Task(0.0, 1.0, 1.0)])

@@ -90,6 +90,7 @@ def test_the_page_on_latents_runs(run_page):
     said = re.search("^([0-9]+) of ([0-9]+) bytes, off by at most ([0-9.]+)$", page, re.M)
     assert said and int(said[1]) < int(said[2]) / 8 and float(said[3]) < 0.5
     assert re.search(r"^(edge 1 [0-9]+ \[[0-9]\] $|local )", page, re.M) and "'Conv:a'" in page
+    assert re.search(r"^task 1 goes to edge [0-3]$", page, re.M) and Path("edges.policy").exists()
 
 
 def test_the_page_on_training_a_split_runs(tmp_path, monkeypatch, capsys):

@@ -40,7 +40,7 @@ LAZILY = {
 TRAINED = {
     *(f"converters/split/{name}.py" for name in ("network", "operators", "operators_plain")),
     *(f"converters/split/{name}.py" for name in ("bottleneck", "distil", "entropic", "exits", "export", "modes")),
-    *(f"converters/split/{name}.py" for name in ("neural_filter", "slimmable", "train")),
+    *(f"converters/split/{name}.py" for name in ("neural_filter", "offload", "offload_sac", "slimmable", "train")),
     *(f"converters/sources/{name}.py" for name in ("aten", "torch_module")),
 }
 NETWORK = {"http.client", "urllib.request", "starlette", "uvicorn", "httpx", "requests"}

@@ -76,12 +76,14 @@ class Value:
 @dataclass(frozen=True)
 class Target:
     """Where else than on the CPU a graph is opened: a listed device, how its provider is set, and whether it must take
-    every node (`whole`) or may leave some to the CPU. `patience` is how many seconds opening, or one run, may take."""
+    every node (`whole`) or may leave some to the CPU. `patience` is how many seconds opening, or one run, may take.
+    Sessions that share a `worker` run one at a time, and are lost together once the device hangs; its maker closes it."""
 
     device: Listed
     settings: Mapping[str, str]
     whole: bool = True
     patience: float = PATIENCE
+    worker: Worker | None = None
 
 
 def open_graph(
@@ -283,7 +285,8 @@ class Session:
         self._closing = threading.Lock()
         self._patience = target.patience if target else None
         self.provider = target.device.provider if target else CPU
-        self._worker = Worker(self.provider) if target else None
+        self._worker = (target.worker or Worker(self.provider)) if target else None
+        self._shares = target is not None and target.worker is not None
         self.inputs = {value.name: value for value in map(_value, session.get_inputs())}
         self.outputs = {value.name: value for value in map(_value, session.get_outputs())}
 
@@ -319,7 +322,8 @@ class Session:
             if self._worker.lost:
                 _LOST.append(session)
                 return
-            self._worker.close()
+            if not self._shares:
+                self._worker.close()
         if session is not None and self._profile:
             session.end_profiling()
         del session

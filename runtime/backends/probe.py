@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -49,23 +49,27 @@ def devices(
 
 
 def survey(
-    graph: bytes, places: Mapping, listed: Listed, library: str, settings: Mapping[str, str],
+    graphs: Sequence[bytes], places: Mapping, listed: Listed, library: str, settings: Mapping[str, str],
     dims: Mapping[str, int] | None = None, seconds: float = SURVEY_SECONDS,
-) -> tuple[list[Assigned], list[str]]:  # fmt: skip
-    """session.survey in a child: where each node would run, and what the provider said of those it refused.
+) -> list[tuple[list[Assigned], list[str]]]:  # fmt: skip
+    """session.survey of each graph, all in one child: where each node would run, and what the provider said of those it
+    refused.
 
-    Raises BackendError where the provider refuses the graph, dies of it or does not come back.
+    Raises BackendError where the provider refuses a graph, dies of it or does not come back within `seconds`.
     """
     question = {
         "do": "survey", "ep": listed.provider, "module": "", "library": library, "listed": dataclasses.asdict(listed),
-        "graph": base64.b64encode(graph).decode(), "settings": dict(settings), "dims": dict(dims or {}),
+        "graphs": [base64.b64encode(graph).decode() for graph in graphs], "settings": dict(settings), "dims": dict(dims or {}),
         # A descriptor is this process's own; the child opens the path
         "places": {name: dataclasses.asdict(dataclasses.replace(place, fd=-1)) for name, place in places.items()},
     }  # fmt: skip
     answer = _ask(question, seconds, listed.provider)
     try:
-        return [Assigned(*one) for one in answer["assigned"]], [str(one) for one in answer["messages"]]
-    except (KeyError, TypeError) as error:
+        found = [([Assigned(*one) for one in nodes], list(map(str, said))) for nodes, said in answer["surveys"]]
+        if len(found) != len(graphs):
+            raise TypeError(f"{len(found)} of {len(graphs)} graphs")
+        return found
+    except (KeyError, TypeError, ValueError) as error:
         raise _died(listed.provider, f"answers what is no placement ({error})") from None
 
 
@@ -161,10 +165,13 @@ def _survey(question: dict) -> dict:
         providers.register(question["ep"], question["library"])
     target = session.Target(Listed(**question["listed"]), question["settings"], whole=False)
     places = {name: session.Place(**place) for name, place in question["places"].items()}
-    assigned, messages = session.survey(base64.b64decode(question["graph"]), places, target, question["dims"])
-    # Of thousands of words those that say no
-    kept = list(dict.fromkeys(one for one in messages if "FAILED" in one or "not found in registries" in one))
-    return {"assigned": [dataclasses.astuple(one) for one in assigned], "messages": kept}
+    found = []
+    for graph in question["graphs"]:
+        assigned, messages = session.survey(base64.b64decode(graph), places, target, question["dims"])
+        # Of thousands of words those that say no
+        kept = list(dict.fromkeys(one for one in messages if "FAILED" in one or "not found in registries" in one))
+        found.append(([dataclasses.astuple(one) for one in assigned], kept))
+    return {"surveys": found}
 
 
 def _product() -> bytes:

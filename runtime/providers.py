@@ -96,6 +96,19 @@ def attach(options: "onnxruntime.SessionOptions", device: Listed, settings: Mapp
     )
 
 
+def compatible(device: Listed, information: str) -> str:
+    """What a provider says of a compiled graph with this compatibility information: optimal, prefer_recompilation,
+    unsupported or not_applicable; unknown where it says nothing."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as engine
+
+    match = [one for one in _devices(device.provider) if _listed(one) == device]
+    try:
+        found = engine.get_model_compatibility_for_ep_devices(match[:1], information)
+    except Exception:  # QNN's on x86 raises
+        return "unknown"
+    return str(found).rsplit(".", 1)[-1].lower().removeprefix("ep_").removeprefix("supported_")
+
+
 def assigned(session: "onnxruntime.InferenceSession") -> list[Assigned]:
     """Every node as the engine placed it, fused ones as they are now."""
     return [

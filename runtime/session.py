@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,13 +77,15 @@ class Value:
 class Target:
     """Where else than on the CPU a graph is opened: a listed device, how its provider is set, and whether it must take
     every node (`whole`) or may leave some to the CPU. `patience` is how many seconds opening, or one run, may take.
-    Sessions that share a `worker` run one at a time, and are lost together once the device hangs; its maker closes it."""
+    Sessions that share a `worker` run one at a time, and are lost together once the device hangs; its maker closes it.
+    `entries` are ORT's settings of a session that its provider needs."""
 
     device: Listed
     settings: Mapping[str, str]
     whole: bool = True
     patience: float = PATIENCE
     worker: Worker | None = None
+    entries: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_graph(
@@ -101,7 +103,7 @@ def open_graph(
     """
     model = read(graph, places)
     with door(f"The model's graph cannot be opened on {target.device.provider if target else CPU}.", opening=True):
-        options = _options_for(places, threads=threads, spinning=spinning, target=target, dims=dims)
+        options = options_for(places, threads=threads, spinning=spinning, target=target, dims=dims)
         if not repack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if profile is not None:
@@ -129,14 +131,14 @@ def survey(
     may take the process with it."""
     messages: list[str] = []
     with door(f"The model's graph cannot be opened on {target.device.provider}.", opening=True):
-        options = _options_for(places, target=Target(target.device, target.settings, whole=False), dims=dims)
+        options = options_for(places, target=Target(target.device, target.settings, whole=False), dims=dims)
         options.log_severity_level = 0
         with providers.overheard(messages):
             session = start(locate(read(graph, places), places), options, target)
         return providers.assigned(session), messages
 
 
-def _options_for(
+def options_for(
     places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False, target: Target | None = None,
     dims: Mapping[str, int] | None = None,
 ) -> "onnxruntime.SessionOptions":  # fmt: skip
@@ -145,6 +147,8 @@ def _options_for(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if target is not None and target.whole and target.device.provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for key, value in (target.entries if target else {}).items():
+        options.add_session_config_entry(key, value)
     for name, length in (dims or {}).items():
         options.add_free_dimension_override_by_name(name, length)
     return options

@@ -170,9 +170,7 @@ class Prefill:
     def _expected(self, length: int, step: int) -> float:
         return self.times.steps[length][step] if self.times else length * 1e-4
 
-    def _step(
-        self, decoder: "Decoder", slot: int, ids: Sequence[int], start: int, piece: Piece, place: Place
-    ) -> None:
+    def _step(self, decoder: "Decoder", slot: int, ids: Sequence[int], start: int, piece: Piece, place: Place) -> None:
         step, lane = self.static.steps[place.step], self.lanes[place.chunk % len(self.lanes)]
         if isinstance(step, Shadow):
             self.graphs.shadows[place.step].run(lane.rows(step.takes, piece.count), lane.rows(step.gives, piece.count))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import measure
 from ..errors import BackendError, ShoalError
 from ..events import Event, Progress, silent
 from ..executor import execute
@@ -53,8 +54,9 @@ class Lane:
 
     def __init__(self, static: Static):
         rows = static.chunks[-1]
-        self._arrays = {name: np.zeros((rows, width), np.float32) for name, width in static.widths.items()}
-        self._sum = np.zeros((rows, sum_width(static)), np.float32)
+        # Filled, so that their pages are there and nothing can fail later
+        self._arrays = {name: np.full((rows, width), 0, np.float32) for name, width in static.widths.items()}
+        self._sum = np.full((rows, sum_width(static)), 0, np.float32)
         self.tokens = np.zeros(rows, np.int64)
         self.bindings: dict[tuple[str, int], Binding] = {}
 
@@ -138,9 +140,16 @@ class Prefill:
             self.recordings.append(recording)
         return logits
 
-    def regions(self) -> list[tuple[int, int]]:
-        """(address, bytes) of the chunks' buffers."""
-        return [region for lane in self.lanes for region in lane.regions()]
+    def measure(self) -> dict[str, int | None]:
+        """Bytes that the rows of the plan that are here hold now, as `Loaded.measure` has them."""
+        sizes = [measure.range_rss(*region) for lane in self.lanes for region in lane.regions()]
+        held = None if None in sizes else sum(size or 0 for size in sizes)
+        found = {"chunk buffers": held}
+        if shadows := self.graphs.shadows.values():
+            found["hot shadow rows"] = sum(one.bytes for one in shadows)
+            cold = [measure.range_rss(*one.region) for one in shadows]
+            found["shadow weights"] = None if None in cold else sum(size or 0 for size in cold)
+        return found
 
     def close(self) -> None:
         for lane in self.lanes:
@@ -156,7 +165,7 @@ class Prefill:
         )  # fmt: skip
 
         def work(index: int, processor: str) -> None:
-            self._step(decoder, slot, ids, start, chunks[places[index].chunk], places[index])
+            self.run_step(decoder, slot, ids, start, chunks[places[index].chunk], places[index])
 
         if self.device == CPU:
             return in_order(tasks, work)
@@ -170,9 +179,10 @@ class Prefill:
     def _expected(self, length: int, step: int) -> float:
         return self.times.steps[length][step] if self.times else length * 1e-4
 
-    def _step(
+    def run_step(
         self, decoder: "Decoder", slot: int, ids: Sequence[int], start: int, piece: Piece, place: Place
     ) -> None:
+        """One step of one chunk: `piece` of the `ids`, of which the first is at position `start`."""
         step, lane = self.static.steps[place.step], self.lanes[place.chunk % len(self.lanes)]
         if isinstance(step, Shadow):
             self.graphs.shadows[place.step].run(lane.rows(step.takes, piece.count), lane.rows(step.gives, piece.count))

@@ -13,7 +13,7 @@ from ..bundle import Bundle
 from ..session import Place
 from . import graphs
 from .layout import Shadow, Static
-from .prefill import FLIGHT, sum_width
+from .prefill import FLIGHT, lane_bytes
 
 _GRAPH = 220 << 10  # what an open graph holds, and for each of its nodes:
 _NODE = 4 << 10
@@ -33,12 +33,11 @@ def rows(bundle: Bundle, static: Static, places: Mapping[str, Place], kv: str, o
     shadows = [step for step in static.steps if isinstance(step, Shadow)]
     mapped = sum(step.inputs * step.outputs + 4 * step.outputs for step in shadows)
     hot = sum(len(step.hot) * step.outputs + 4 * step.inputs + 8 * step.outputs for step in shadows)
-    lane = 4 * static.chunks[-1] * (sum(static.widths.values()) + sum_width(static) + 2)
     lengths = ", ".join(map(str, static.chunks))
     count = f"{len(static.names)} for each chunk of {lengths}, {len(others)} for any length"
     found = [
         Row("static graphs", held + copied * on_cpu, "anonymous", note=count),
-        Row("chunk buffers", FLIGHT * lane, "anonymous", note=f"{FLIGHT} chunks of {static.chunks[-1]} tokens"),
+        Row("chunk buffers", FLIGHT * lane_bytes(static), "anonymous", note=f"{FLIGHT} chunks of {static.chunks[-1]} tokens"),
     ]
     if shadows:
         kept = sum(len(step.hot) for step in shadows)

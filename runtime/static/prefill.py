@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..language.decoder import Decoder
 
 FLIGHT = 4  # chunks at once: more hide no more waiting, and each has its buffers
+_SUM = ""  # in place of a value's name: the sum of several
 _GRACE = 10.0  # seconds after which the executor gives up what a session should have given up by itself
 
 
@@ -53,10 +54,13 @@ class Lane:
     """The buffers of one chunk in flight, and the device's graphs bound to them."""
 
     def __init__(self, static: Static):
-        rows = static.chunks[-1]
-        # Filled, so that their pages are there and nothing can fail later
-        self._arrays = {name: np.full((rows, width), 0, np.float32) for name, width in static.widths.items()}
-        self._sum = np.full((rows, sum_width(static)), 0, np.float32)
+        rows, widths = static.chunks[-1], {**static.widths, _SUM: sum_width(static)}
+        # One block, and filled, so that its pages are there and nothing can fail later
+        self._block = np.full(sum(_aligned(rows * width) for width in widths.values()), 0, np.float32)
+        self._arrays, at = {}, 0
+        for name, width in widths.items():
+            self._arrays[name] = self._block[at : at + rows * width].reshape(rows, width)
+            at += _aligned(rows * width)
         self.tokens = np.zeros(rows, np.int64)
         self.bindings: dict[tuple[str, int], Binding] = {}
 
@@ -68,12 +72,13 @@ class Lane:
         """Of several values, or the only one itself."""
         found = self.rows(names[0], count)
         for name in names[1:]:
-            found = np.add(found, self.rows(name, count), out=self._sum[:count])
+            found = np.add(found, self.rows(name, count), out=self._arrays[_SUM][:count])
         return found
 
-    def regions(self) -> list[tuple[int, int]]:
-        """(address, bytes) of every buffer."""
-        return [(array.ctypes.data, array.nbytes) for array in (self._sum, self.tokens, *self._arrays.values())]
+    @property
+    def region(self) -> tuple[int, int]:
+        """(address, bytes) of the buffers."""
+        return self._block.ctypes.data, self._block.nbytes
 
 
 @dataclass
@@ -142,7 +147,7 @@ class Prefill:
 
     def measure(self) -> dict[str, int | None]:
         """Bytes that the rows of the plan that are here hold now, as `Loaded.measure` has them."""
-        sizes = [measure.range_rss(*region) for lane in self.lanes for region in lane.regions()]
+        sizes = [measure.range_rss(*lane.region) for lane in self.lanes]
         held = None if None in sizes else sum(size or 0 for size in sizes)
         found = {"chunk buffers": held}
         if shadows := self.graphs.shadows.values():
@@ -264,6 +269,16 @@ def in_order(tasks: Sequence[Task], work) -> Schedule:
         work(index, task.best)
         runs.append(Run(index, task.best, start, time.perf_counter() - began))
     return Schedule(tuple(tasks), tuple(runs))
+
+
+def lane_bytes(static: Static) -> int:
+    """Of one chunk in flight."""
+    widths = [*static.widths.values(), sum_width(static)]
+    return 4 * sum(_aligned(static.chunks[-1] * width) for width in widths)
+
+
+def _aligned(floats: int) -> int:
+    return -(-floats // 16) * 16
 
 
 def sum_width(static: Static) -> int:

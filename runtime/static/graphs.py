@@ -144,7 +144,8 @@ def open_all(
             graphs.cpu[name] = same[section]
         graphs.worker = Worker(device.name) if device is not None else None
         opened, graphs.placement = backends.open_graphs(
-            device, {name: graph_bytes(bundle, name) for name in named}, places, share=share, threads=threads,
+            device, {name: graph_bytes(bundle, name) for name in named}, places, share=share,
+            threads=1 if device else threads,  # the device has its own
             patience=patience, worker=graphs.worker, surveyed=surveyed, progress=progress,
         )  # fmt: skip
         graphs.calls = {named[name]: one for name, one in opened.items()}

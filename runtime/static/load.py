@@ -77,12 +77,13 @@ def tune(
 ) -> None:  # fmt: skip
     """Gives the path its expected times: those kept for this device, or measured now and kept.
 
-    Not where all prompts must go through it, and not on a simulated device, whose speed says nothing of the one that it
-    stands for: then every prompt does.
+    Not where that decides nothing: on a simulated device, whose speed says nothing of the one that it stands for, all
+    of a prompt goes through chunks, and so it does where `way` is static, which the CPU runs in plain order.
     """
     name = profile.key(bundle.digest, device, kv=prefill.kv, threads=threads)
     known = profile.kept(name)
-    if way == "static" or (device is not None and device.simulated):
+    prefill.forced = way == "static"
+    if (device is None and prefill.forced) or (device is not None and device.simulated):
         if known is None:
             profile.keep(name, None, progress)
         return

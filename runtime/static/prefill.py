@@ -83,8 +83,8 @@ class Lane:
 
 @dataclass
 class Prefill:
-    """`device` is its name as a processor, cpu for the CPU itself; with `times` a prompt is cut by them, without them
-    all of it goes through chunks. `fallback`: when the device is lost, prompts go through the decode graph from then
+    """`device` is its name as a processor, cpu for the CPU itself. A prompt is cut by `times`; without them, or where it
+    is `forced`, all of it goes through chunks. `fallback`: when the device is lost, prompts go through the decode graph from then
     on, and an event says so; otherwise they fail. `recordings`, where it is a list, gets what runs.
 
     Its methods are for one thread at a time, the one that takes a step.
@@ -95,6 +95,7 @@ class Prefill:
     device: str = CPU
     kv: str = "fp32"
     times: Times | None = None
+    forced: bool = False
     fallback: bool = False
     progress: Progress = silent
     patience: float = PATIENCE + _GRACE
@@ -112,7 +113,7 @@ class Prefill:
         if self.times is None:
             return Costs({length: length + 8.0 for length in self.static.chunks})
         lone = {length: sum(seconds) for length, seconds in self.times.steps.items()}
-        return Costs(lone, self.times.fixed, self.times.each)
+        return Costs(lone) if self.forced else Costs(lone, self.times.fixed, self.times.each)
 
     def most(self, alone: bool) -> int:
         """How many tokens one call of `forward` should take: chunks that overlap where nobody waits meanwhile, else

@@ -6,6 +6,7 @@ knows nothing about prompts or about who runs when.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +14,6 @@ from .. import backends, session
 from ..backends.placement import Placement
 from ..backends.provider import Device
 from ..bundle import Bundle
-from ..bundle import Graph as Record
 from ..card import Card
 from ..deadline import Worker
 from ..errors import BundleError
@@ -38,6 +38,13 @@ class Graphs:
     placement: Placement
     worker: Worker | None = None  # runs the device's graphs, one after another
     kept: list = field(default_factory=list)  # what else is closed with them
+
+    def nodes(self) -> dict[str, int]:
+        """Execution provider -> how many nodes of all these graphs it took."""
+        found = Counter(node.provider for node in self.placement.nodes)
+        for opened in {id(one): one for one in self.cpu.values()}.values():
+            found.update(opened.placement())
+        return dict(found)
 
     def close(self) -> None:
         """Frees all of them; a second call does nothing."""
@@ -92,13 +99,14 @@ def cpu_names(static: Static, kv: str) -> list[str]:
 
 def graph_bytes(bundle: Bundle, name: str) -> bytes:
     """A static or prefill graph by its name. Raises BundleError."""
-    return bundle.bytes(bundle.section("graph", _record(bundle, name).section))
+    return bundle.bytes(bundle.section("graph", section_of(bundle, name)))
 
 
-def _record(bundle: Bundle, name: str) -> Record:
+def section_of(bundle: Bundle, name: str) -> str:
+    """The section that holds a static or prefill graph; several graphs may be in one. Raises BundleError."""
     for graph in bundle.graphs:
         if graph.name == name and graph.role in (STATIC, PREFILL):
-            return graph
+            return graph.section
     raise _refuse(f"graph {name!r:.60} is missing")
 
 
@@ -125,7 +133,7 @@ def open_all(
         undo.callback(graphs.close)
         same: dict[str, Session] = {}  # blocks that differ in nothing share their attention's graph
         for name in cpu_names(static, kv):
-            section = _record(bundle, name).section
+            section = section_of(bundle, name)
             if section not in same:
                 data, where = graph_bytes(bundle, name), places
                 if not ours:
@@ -136,7 +144,8 @@ def open_all(
             graphs.cpu[name] = same[section]
         graphs.worker = Worker(device.name) if device is not None else None
         opened, graphs.placement = backends.open_graphs(
-            device, {name: graph_bytes(bundle, name) for name in named}, places, share=share, threads=threads,
+            device, {name: graph_bytes(bundle, name) for name in named}, places, share=share,
+            threads=1 if device else threads,  # the device has its own
             patience=patience, worker=graphs.worker, surveyed=surveyed, progress=progress,
         )  # fmt: skip
         graphs.calls = {named[name]: one for name, one in opened.items()}

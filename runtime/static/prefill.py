@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import measure
 from ..errors import BackendError, ShoalError
 from ..events import Event, Progress, silent
 from ..executor import execute
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..language.decoder import Decoder
 
 FLIGHT = 4  # chunks at once: more hide no more waiting, and each has its buffers
+_SUM = ""  # in place of a value's name: the sum of several
 _GRACE = 10.0  # seconds after which the executor gives up what a session should have given up by itself
 
 
@@ -52,9 +54,13 @@ class Lane:
     """The buffers of one chunk in flight, and the device's graphs bound to them."""
 
     def __init__(self, static: Static):
-        rows = static.chunks[-1]
-        self._arrays = {name: np.zeros((rows, width), np.float32) for name, width in static.widths.items()}
-        self._sum = np.zeros((rows, sum_width(static)), np.float32)
+        rows, widths = static.chunks[-1], {**static.widths, _SUM: sum_width(static)}
+        # One block, and filled, so that its pages are there and nothing can fail later
+        self._block = np.full(sum(_aligned(rows * width) for width in widths.values()), 0, np.float32)
+        self._arrays, at = {}, 0
+        for name, width in widths.items():
+            self._arrays[name] = self._block[at : at + rows * width].reshape(rows, width)
+            at += _aligned(rows * width)
         self.tokens = np.zeros(rows, np.int64)
         self.bindings: dict[tuple[str, int], Binding] = {}
 
@@ -66,18 +72,19 @@ class Lane:
         """Of several values, or the only one itself."""
         found = self.rows(names[0], count)
         for name in names[1:]:
-            found = np.add(found, self.rows(name, count), out=self._sum[:count])
+            found = np.add(found, self.rows(name, count), out=self._arrays[_SUM][:count])
         return found
 
-    def regions(self) -> list[tuple[int, int]]:
-        """(address, bytes) of every buffer."""
-        return [(array.ctypes.data, array.nbytes) for array in (self._sum, self.tokens, *self._arrays.values())]
+    @property
+    def region(self) -> tuple[int, int]:
+        """(address, bytes) of the buffers."""
+        return self._block.ctypes.data, self._block.nbytes
 
 
 @dataclass
 class Prefill:
-    """`device` is its name as a processor, cpu for the CPU itself; with `times` a prompt is cut by them, without them
-    all of it goes through chunks. `fallback`: when the device is lost, prompts go through the decode graph from then
+    """`device` is its name as a processor, cpu for the CPU itself. A prompt is cut by `times`; without them, or where it
+    is `forced`, all of it goes through chunks. `fallback`: when the device is lost, prompts go through the decode graph from then
     on, and an event says so; otherwise they fail. `recordings`, where it is a list, gets what runs.
 
     Its methods are for one thread at a time, the one that takes a step.
@@ -88,6 +95,7 @@ class Prefill:
     device: str = CPU
     kv: str = "fp32"
     times: Times | None = None
+    forced: bool = False
     fallback: bool = False
     progress: Progress = silent
     patience: float = PATIENCE + _GRACE
@@ -105,7 +113,7 @@ class Prefill:
         if self.times is None:
             return Costs({length: length + 8.0 for length in self.static.chunks})
         lone = {length: sum(seconds) for length, seconds in self.times.steps.items()}
-        return Costs(lone, self.times.fixed, self.times.each)
+        return Costs(lone) if self.forced else Costs(lone, self.times.fixed, self.times.each)
 
     def most(self, alone: bool) -> int:
         """How many tokens one call of `forward` should take: chunks that overlap where nobody waits meanwhile, else
@@ -138,9 +146,16 @@ class Prefill:
             self.recordings.append(recording)
         return logits
 
-    def regions(self) -> list[tuple[int, int]]:
-        """(address, bytes) of the chunks' buffers."""
-        return [region for lane in self.lanes for region in lane.regions()]
+    def measure(self) -> dict[str, int | None]:
+        """Bytes that the rows of the plan that are here hold now, as `Loaded.measure` has them."""
+        sizes = [measure.range_rss(*lane.region) for lane in self.lanes]
+        held = None if None in sizes else sum(size or 0 for size in sizes)
+        found = {"chunk buffers": held}
+        if shadows := self.graphs.shadows.values():
+            found["hot shadow rows"] = sum(one.bytes for one in shadows)
+            cold = [measure.range_rss(*one.region) for one in shadows]
+            found["shadow weights"] = None if None in cold else sum(size or 0 for size in cold)
+        return found
 
     def close(self) -> None:
         for lane in self.lanes:
@@ -156,7 +171,7 @@ class Prefill:
         )  # fmt: skip
 
         def work(index: int, processor: str) -> None:
-            self._step(decoder, slot, ids, start, chunks[places[index].chunk], places[index])
+            self.run_step(decoder, slot, ids, start, chunks[places[index].chunk], places[index])
 
         if self.device == CPU:
             return in_order(tasks, work)
@@ -170,7 +185,10 @@ class Prefill:
     def _expected(self, length: int, step: int) -> float:
         return self.times.steps[length][step] if self.times else length * 1e-4
 
-    def _step(self, decoder: "Decoder", slot: int, ids: Sequence[int], start: int, piece: Piece, place: Place) -> None:
+    def run_step(
+        self, decoder: "Decoder", slot: int, ids: Sequence[int], start: int, piece: Piece, place: Place
+    ) -> None:
+        """One step of one chunk: `piece` of the `ids`, of which the first is at position `start`."""
         step, lane = self.static.steps[place.step], self.lanes[place.chunk % len(self.lanes)]
         if isinstance(step, Shadow):
             self.graphs.shadows[place.step].run(lane.rows(step.takes, piece.count), lane.rows(step.gives, piece.count))
@@ -252,6 +270,16 @@ def in_order(tasks: Sequence[Task], work) -> Schedule:
         work(index, task.best)
         runs.append(Run(index, task.best, start, time.perf_counter() - began))
     return Schedule(tuple(tasks), tuple(runs))
+
+
+def lane_bytes(static: Static) -> int:
+    """Of one chunk in flight."""
+    widths = [*static.widths.values(), sum_width(static)]
+    return 4 * sum(_aligned(static.chunks[-1] * width) for width in widths)
+
+
+def _aligned(floats: int) -> int:
+    return -(-floats // 16) * 16
 
 
 def sum_width(static: Static) -> int:

@@ -41,6 +41,11 @@ class Outliers:
         """What is held in memory for it."""
         return self._hot.nbytes + self._at.nbytes + self._factors.nbytes
 
+    @property
+    def region(self) -> tuple[int, int]:
+        """(address, bytes) of the mapped rows."""
+        return self._weights.ctypes.data, self._weights.nbytes
+
     def residual(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x fp32 [rows, inputs] -> the channels, ascending, where clipping takes something away, and what: whole numbers
         in float64 [rows, channels]. Raises BackendError for what is not a number."""

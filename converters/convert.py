@@ -40,10 +40,12 @@ from .graph import GraphBuilder
 from .recipe import Recipe
 from .report import Parity, Report, parity_to_json
 from .sources import open_source
+from .static import write as static
 from .text import CALIBRATION, HELDOUT
 from .walk import Scratch, stream
 from .weights import Weights
 
+STATIC_ROWS = 8  # of calibration text that say how large activations get
 PIECES, SHORT, LONG = 4, 128, 4  # proxy orders of a stack, tokens of each; calibration rows for the others
 JUDGED = 8  # rows that say which proxy order is best
 CURVE_TOKENS, CURVE_POINTS = 1024, 9
@@ -75,7 +77,7 @@ def convert(
         raise UsageError("A memory was given.", "Only the recipe 'auto' asks for one.", "Leave it out, or name auto.")
     chosen = recipes.load(recipe)
     if calibration_text is not None:
-        if not chosen.calibrated:
+        if not chosen.reads_text:
             raise UsageError(
                 f"The recipe {chosen.name!r} takes no calibration text.", "It rounds to nearest.",
                 "Leave the text out, or name a recipe with method = \"gptq\" or smooth = true.",
@@ -98,6 +100,8 @@ def convert(
         named = dataclasses.replace(chosen, calibration=calibration)
         if blocks is not None:
             card = parts.part(card, parts.parse(blocks), named, checkpoint)
+        if chosen.static is not None:
+            static.refuse(card, chosen)
         experts = records.stored(chosen, card, architecture)
         stacks = _stacks(Path(source), Path(out), chosen, named, card, undo) if chosen.ladder is not None else None
         compared: Parity | None = None
@@ -120,7 +124,7 @@ def convert(
                 if experts is not None:
                     weights.records = kept
                     weights.elsewhere(chain.from_iterable(all_experts(card, experts)))
-                if chosen.calibrated:
+                if chosen.reads_text:
                     with timed(seconds, "calibrate"):
                         rows = calibration_rows(chosen, card, tokenizer)
                         if chosen.smooth:
@@ -143,6 +147,10 @@ def convert(
                         scales = cache_scales(opened, card, x, weights.handles)
                     graphs[f"{kind}.fp16"] = build(architecture, card, weights, cache="float16")
                     graphs[f"{kind}.int8"] = build(architecture, card, weights, cache_scales=scales)
+            if chosen.static is not None:
+                with timed(seconds, "static"):
+                    some = rows[:: -(-len(rows) // STATIC_ROWS)] if chosen.static.bits == 8 else ()
+                    static.add(writer, architecture, card, weights, chosen.static, some, scales, folder, progress)
             if stacks is not None:
                 with timed(seconds, "sort"), parity.whole(graph, weights, places(), folder) as opened:
                     index = _sorted(opened, card, stacks, chosen, tokenizer, rows, check_parity, progress)

@@ -96,6 +96,17 @@ def attach(options: "onnxruntime.SessionOptions", device: Listed, settings: Mapp
     )
 
 
+def compiled(options: "onnxruntime.SessionOptions", graph: bytes, folder: str, name: str) -> bytes:
+    """The graph as its provider compiled it: a model of EPContext nodes, whose binaries are files in `folder`, called
+    after `name`. It is optimised as a session with these options would."""
+    compiler = onnxruntime.ModelCompiler(
+        options, graph, flags=onnxruntime.OrtCompileApiFlags.ERROR_IF_NO_NODES_COMPILED,
+        graph_optimization_level=options.graph_optimization_level,
+    )  # fmt: skip
+    compiler.set_ep_context_binary_information(f"{folder}/", name)
+    return compiler.compile_to_bytes()
+
+
 def compatible(device: Listed, information: str) -> str:
     """What a provider says of a compiled graph with this compatibility information: optimal, prefer_recompilation,
     unsupported or not_applicable; unknown where it says nothing."""

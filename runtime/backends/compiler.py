@@ -9,9 +9,7 @@ import base64
 import hashlib
 from pathlib import Path
 
-import onnxruntime
-
-from .. import onnx_wire, providers, session
+from .. import onnx_texts, onnx_wire, providers, session
 from ..providers import Listed
 from . import context
 from .probe import product
@@ -37,7 +35,7 @@ def compile_graphs(question: dict) -> dict:
         (folder / f"{number}.part").write_bytes(wrapper)
         (folder / f"{number}.part").rename(folder / f"{number}.ctx")  # whoever counts them sees whole ones
         model = onnx_wire.read(wrapper, {})
-        binaries.append(onnx_wire.texts(model, model.nodes[0])[CACHE])
+        binaries.append(onnx_texts.texts(model, model.nodes[0])[CACHE])
     return {"binaries": binaries}
 
 
@@ -68,13 +66,8 @@ def _compiled(graph: bytes, places, target: session.Target, entries, folder: Pat
     with session.door(f"The graph {name!r:.80} cannot be compiled for {target.device.provider}."):
         options = session.options_for(places, target=session.Target(target.device, target.settings, entries=entries))
         providers.attach(options, target.device, target.settings)
-        compiler = onnxruntime.ModelCompiler(
-            options, session.locate(session.read(graph, places), places),
-            flags=onnxruntime.OrtCompileApiFlags.ERROR_IF_NO_NODES_COMPILED,
-            graph_optimization_level=options.graph_optimization_level,  # as a graph is opened that is not compiled
-        )  # fmt: skip
-        compiler.set_ep_context_binary_information(f"{folder}/", f"{number}.onnx")
-        return compiler.compile_to_bytes()
+        located = session.locate(session.read(graph, places), places)
+        return providers.compiled(options, located, str(folder), f"{number}.onnx")
 
 
 def _root(key: str) -> str:

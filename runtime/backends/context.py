@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .. import onnx_wire, providers, session
+from .. import onnx_texts, onnx_wire, providers, session
 from ..deadline import Worker
 from ..errors import BackendError, BundleError
 from ..events import Event, Progress, silent
@@ -329,12 +329,12 @@ def _pointed(wrapper: bytes, path: str, ep: str) -> bytes:
     node = model.nodes[0] if len(model.nodes) == 1 and not model.tensors else None
     if node is None or (node.op, node.domain) != (_NODE, "com.microsoft"):
         raise _refuse("graph is not one EPContext node")
-    texts = onnx_wire.texts(model, node)
+    texts = onnx_texts.texts(model, node)
     if unknown := texts.keys() - _ATTRIBUTES:
         raise _refuse(f"EPContext node has an attribute {min(unknown)!r:.40}, which may name a file")
     if texts.get("source") != ep or node.integers.get("embed_mode") != 0:
         raise _refuse(f"EPContext node is not {ep}'s, or holds its binary itself")
-    return onnx_wire.with_text(model, node, _CACHE, path)
+    return onnx_texts.with_text(model, node, _CACHE, path)
 
 
 def _question(do: str, device: Device, settings: Mapping[str, str]) -> dict:
@@ -347,8 +347,8 @@ def _question(do: str, device: Device, settings: Mapping[str, str]) -> dict:
 def information(wrapper: bytes, ep: str) -> tuple[str, str]:
     """(sdk, information) in a compiled model."""
     model = onnx_wire.read(wrapper, {})
-    sdk = onnx_wire.texts(model, model.nodes[0]).get("ep_sdk_version") if model.nodes else None
-    return sdk or "", onnx_wire.metadata(model).get(_INFORMATION + ep, "")
+    sdk = onnx_texts.texts(model, model.nodes[0]).get("ep_sdk_version") if model.nodes else None
+    return sdk or "", onnx_texts.metadata(model).get(_INFORMATION + ep, "")
 
 
 def _file(path: Path) -> Binary:

@@ -1,9 +1,9 @@
 """Asking a backend's library in a process of its own, because it may die or hang: which devices it lists and whether
 they compute, which nodes of a graph it takes, and what compiler.py does.
 
-`devices`, `survey` and `ask` are the asking side; every question has a deadline, after which the child is killed. `main` is
-the child: one question on standard input, one answer (JSON) on what standard output was, which libraries write to as
-they like and get standard error instead.
+`devices`, `survey` and `ask` are the asking side; every question has a deadline, after which the child is killed.
+`main` is the child: one question on standard input, one answer (JSON) on what standard output was, which libraries
+write to as they like and get standard error instead.
 """
 
 import base64

@@ -24,7 +24,7 @@ MAX_GAPS = 64 << 20  # all gaps together: opening a file reads them, so a hostil
 
 KINDS = frozenset(
     {"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity", "modes", "codec", "stack", "experts",
-     "context_binary"}
+     "static", "context_binary"}
 )  # fmt: skip
 RESERVED = frozenset({"adapter", "signature"})
 

@@ -1,4 +1,4 @@
-"""Compiled graphs: what says whether they fit a device needs none; what compiles and opens them is QNN, real or emulated."""
+"""Compiled graphs: what says whether they fit a device needs none; what compiles and opens them is QNN or its emulator."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from shoal.runtime import backends, onnx_wire, session
+from shoal.runtime import backends, onnx_texts, onnx_wire, session
 from shoal.runtime.backends import context, soc
 from shoal.runtime.backends.context import Binary, Contexts, Made
 from shoal.runtime.backends.provider import Device
@@ -82,8 +82,8 @@ def test_a_compiled_graph_reaches_its_binary_and_no_other_file(tmp_path):
         return context._pointed(graph, "proc/self/fd/7", "QNNExecutionProvider")
 
     model = onnx_wire.read(pointed(wrapper()), {})
-    assert onnx_wire.texts(model, model.nodes[0])["ep_cache_context"] == "proc/self/fd/7"
-    assert onnx_wire.texts(model, model.nodes[0])["partition_name"] == "p" and b"secret" not in model.data
+    assert onnx_texts.texts(model, model.nodes[0])["ep_cache_context"] == "proc/self/fd/7"
+    assert onnx_texts.texts(model, model.nodes[0])["partition_name"] == "p" and b"secret" not in model.data
     plain = build([helper.make_node("Neg", ["x"], ["y"])], [value("x", [1, 4])], [value("y", [1, 4])])
     for graph, why in (
         (wrapper(ep_dlc_context="../x"), "may name a file"), (wrapper(embed_mode=1), "holds its binary itself"),

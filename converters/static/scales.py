@@ -1,0 +1,107 @@
+"""Static scales of the inputs of products in 8 bits, from what calibration text shows of them.
+
+One scale serves a whole tensor, so that few channels with large values take the resolution from all others. With a
+shadow (llm.npu, Xu et al., ASPLOS 2025) the scale may clip them: what clipping takes away is multiplied beside the
+device. The scale then comes from channels' maxima and not from values, so that few channels are ever beyond it.
+This module is arithmetic on arrays: it knows nothing about graphs, models or files.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SAMPLE = 192  # rows of a product's input on which errors are measured
+HOT = 0.01  # the most channels, as a share, that calibration may find beyond the clip
+SLACK = 1.1  # of the least error: what more hot channels than needed would save is not worth their time
+HEADROOM = 4.0  # what a product may give beyond the largest that was seen
+_HALVINGS = 12  # scales tried without a shadow: each a root of two smaller than the one before
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A scale of a product's input, and what comes of it: the squared `error` of the product relative to its output,
+    rounding of the input alone; the channels beyond the clip; the largest value of the device's sums, with headroom.
+    """
+
+    scale: float
+    error: float
+    hot: tuple[int, ...]
+    most: float
+
+
+@dataclass
+class Seen:
+    """What a text shows of one product's input: each channel's largest magnitude, and a sample of rows, in which the
+    rows with the largest values are."""
+
+    maxima: np.ndarray
+    rows: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, x: np.ndarray, share: int) -> None:
+        """Takes note of x fp32 [tokens, inputs], one of `share` texts."""
+        size = np.abs(x)
+        self.maxima = np.maximum(self.maxima, size.max(0))
+        few = max(1, SAMPLE // share)
+        spread = np.linspace(0, len(x) - 1, few).astype(int)
+        largest = np.argsort(size.max(1), kind="stable")[-max(1, few // 8) :]
+        self.rows.append(x[np.union1d(spread, largest)])
+
+    @property
+    def sample(self) -> np.ndarray:
+        return np.concatenate(self.rows)
+
+
+def round_weights(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix fp32 [outputs, inputs] in int8, symmetric, and its scales fp32 [outputs]."""
+    scales = np.maximum(np.abs(rows).max(1), 1e-12).astype(np.float32) / np.float32(127)
+    return np.rint(rows / scales[:, None]).astype(np.int8), scales
+
+
+def quantise(x: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """round(x / scale) in two parts that add up to it, whole numbers in fp32: what 8 bits hold, and what clipping takes
+    away (the residual as the authors' code has it; their Eq. 1 is not an identity)."""
+    q = np.rint(x / np.float32(scale))
+    main = np.clip(q, -128, 127)
+    return main, q - main
+
+
+def largest(seen: Seen) -> float:
+    """The scale with which nothing that was seen is clipped."""
+    return _scale(float(seen.maxima.max()))
+
+
+def with_shadow(seen: Seen, weights: np.ndarray, shares: np.ndarray) -> Fit:
+    """The scale for a product with the matrix `weights` fp32 [outputs, inputs] where what is clipped is restored. The
+    device multiplies each output by its entry of `shares` at last. Of the scales that leave at most a hundredth of the channels beyond the clip, one with few of them and hardly more error
+    than the best."""
+    order = np.sort(seen.maxima)[::-1]
+    most = max(1, int(len(order) * HOT))
+    counts = sorted({0, *(1 << power for power in range(most.bit_length())), most})
+    fits = [_fit(seen, weights, shares, _scale(float(order[min(count, len(order) - 1)])), False) for count in counts]
+    best = min(fit.error for fit in fits)
+    return next(fit for fit in fits if fit.error <= best * SLACK)
+
+
+def without_shadow(seen: Seen, weights: np.ndarray, shares: np.ndarray) -> Fit:
+    """The scale where what is clipped is lost: the one with the least error."""
+    top = largest(seen)
+    fits = [_fit(seen, weights, shares, top * 2 ** (-halving / 2), True) for halving in range(_HALVINGS)]
+    return min(fits, key=lambda fit: fit.error)
+
+
+def _fit(seen: Seen, weights: np.ndarray, shares: np.ndarray, scale: float, lost: bool) -> Fit:
+    x = seen.sample
+    main, residual = quantise(x, scale)
+    given = main * np.float32(scale)
+    error = (given if lost else given + residual * np.float32(scale)) - x
+    y = x @ weights.T
+    power = float(np.square(y, dtype=np.float64).sum())
+    relative = float(np.square(error @ weights.T, dtype=np.float64).sum()) / max(power, 1e-30)
+    hot = np.flatnonzero(np.rint(seen.maxima / np.float32(scale)) > 127)
+    most = float((np.abs(given @ weights.T) / shares).max()) * HEADROOM
+    return Fit(scale, relative, tuple(map(int, hot)), max(most, 1e-6))
+
+
+def _scale(most: float) -> float:
+    """With which `most` is the largest that is not clipped."""
+    return float(np.float32(max(most, 1e-6) / 127))

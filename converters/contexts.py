@@ -35,17 +35,21 @@ def compiler(npu: Iterable[str]) -> tuple[Device | None, list[Soc]]:
 
 
 def add(
-    writer: Writer, graphs: Mapping[str, str], places: Mapping[str, session.Place], chunks: Iterable[int],
-    device: Device, socs: Sequence[Soc], folder: Path, progress: Progress = silent, seconds: float = context.SECONDS,
+    writer: Writer, graphs: Mapping[str, str], chunks: Iterable[int], device: Device, socs: Sequence[Soc],
+    folder: Path, progress: Progress = silent, seconds: float = context.SECONDS,
 ) -> None:  # fmt: skip
     """Compiles the static `graphs` (by name, each in its section) for each of `socs`, with the library of `device`, and
     writes what comes out. These sections, and those of all weights, are finished.
 
-    `places` are those of the weights; `folder` is for files on the way. Raises BackendError where a graph cannot be
+    `folder` is for files on the way. Raises BackendError where a graph cannot be
     compiled whole, or takes too long.
     """
     sections = {(one.kind, one.name): one for one in writer.sections}
     stamp = source(writer.sections, graphs)
+    places = {
+        name: session.Place(str(writer.path), one.offset, one.length)
+        for (kind, name), one in sections.items() if kind == "weights"
+    }  # fmt: skip
     with open(writer.path, "rb") as file:
         data = {}
         for name, section in graphs.items():
@@ -91,13 +95,7 @@ def extend(
                 sink.write(view)
         for graph in bundle.graphs:
             writer.graph(graph)
-        places = {
-            section.name: session.Place(str(writer.path), section.offset, section.length)
-            for section in writer.sections if section.kind == "weights"
-        }  # fmt: skip
         with writer.scratch() as folder:
-            add(
-                writer, {graph.name: graph.section for graph in static}, places, sorted({one.chunk for one in static}),
-                device, socs, folder, progress,
-            )  # fmt: skip
+            names, chunks = {graph.name: graph.section for graph in static}, sorted({one.chunk for one in static})
+            add(writer, names, chunks, device, socs, folder, progress)
         writer.commit()

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from shoal.runtime.events import Event, Progress, silent
 from shoal.runtime.language.tokens import Tokenizer
 from shoal.runtime.measure import PeakAnonymous
 
-from . import architectures, auto, parity, parts
+from . import architectures, auto, contexts, parity, parts
 from . import recipe as recipes
 from .bitstack.measure import Meter
 from .bitstack.sort import orders
@@ -54,21 +54,22 @@ CURVE_TOKENS, CURVE_POINTS = 1024, 9
 def convert(
     source: str | Path, out: str | Path, recipe: str | Path | Recipe = "int4", *, overwrite: bool = False,
     check_parity: bool = True, calibration_text: str | Path | None = None, blocks: str | range | None = None,
-    memory: int | None = None, progress: Progress = silent,
+    memory: int | None = None, npu: Iterable[str] = (), progress: Progress = silent,
 ) -> Report:  # fmt: skip
     """Converts the checkpoint `source` (GGUF file or Hugging Face folder) to the bundle `out`.
 
     The recipe "auto" is whichever predicts held-out text best within `memory` bytes (see auto.py).
     `blocks` (a range, or "8:30") makes a part of a language model: those blocks, with the embedding before the first
-    and the head after the last, bit for bit as the whole bundle has them. With `check_parity` the bundle is compared
-    with its source in fp32 and the figures are stored in it. Raises SourceError, ConvertError, UsageError,
-    StorageError; `out` then is as it was.
+    and the head after the last, bit for bit as the whole bundle has them. For the processors in `npu` (qnn:sm8650) the
+    static graphs are compiled ahead, which needs onnxruntime-qnn. With `check_parity` the bundle is compared with its
+    source in fp32 and the figures are stored in it. Raises SourceError, ConvertError, UsageError, StorageError,
+    MissingPackageError, BackendError; `out` then is as it was.
     """
     if recipe == "auto":
-        if blocks is not None or calibration_text is not None:
+        if blocks is not None or calibration_text is not None or tuple(npu):
             raise UsageError(
-                "The recipe 'auto' takes neither blocks nor a calibration text.", "It tries several recipes.",
-                "Name one of them.",
+                "The recipe 'auto' takes neither blocks nor a calibration text nor an npu.",
+                "It tries several recipes.", "Name one of them.",
             )  # fmt: skip
         return auto.best(
             source, out, memory, convert, overwrite=overwrite, check_parity=check_parity, progress=progress
@@ -85,6 +86,12 @@ def convert(
         chosen = dataclasses.replace(
             chosen, calibration=dataclasses.replace(chosen.calibration, text=str(calibration_text))
         )
+    compiler, socs = contexts.compiler(npu)
+    if socs and (chosen.static is None or chosen.static.backend != "npu"):
+        raise UsageError(
+            f"Nothing of the recipe {chosen.name!r} can be compiled for an npu.", "It makes no static graphs for one.",
+            "Name the recipe npu, or leave --npu out.",
+        )  # fmt: skip
     seconds: dict[str, float] = {}
     with (
         open_source(source) as checkpoint, PeakAnonymous() as peak, create(out, overwrite=overwrite) as writer,
@@ -150,7 +157,14 @@ def convert(
             if chosen.static is not None:
                 with timed(seconds, "static"):
                     some = rows[:: -(-len(rows) // STATIC_ROWS)] if chosen.static.bits == 8 else ()
-                    static.add(writer, architecture, card, weights, chosen.static, some, scales, folder, progress)
+                    made = static.add(
+                        writer, architecture, card, weights, chosen.static, some, scales, folder, progress
+                    )
+            if compiler is not None:
+                with timed(seconds, "compile"):
+                    contexts.add(
+                        writer, {name: name for name in made.graphs}, made.chunks, compiler, socs, folder, progress
+                    )
             if stacks is not None:
                 with timed(seconds, "sort"), parity.whole(graph, weights, places(), folder) as opened:
                     index = _sorted(opened, card, stacks, chosen, tokenizer, rows, check_parity, progress)

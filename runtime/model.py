@@ -35,7 +35,7 @@ from .language.tokens import Tokenizer
 from .loaded import Parts
 from .mapped import ALWAYS
 from .portable import portable
-from .static.load import chosen, open_prefill, tune
+from .static.load import COMPILED, chosen, open_prefill, tune
 from .static.memory import rows as static_rows
 
 _TOKENIZER = 1 << 19  # its code and the heap's slack, beside its tables
@@ -51,7 +51,7 @@ def load(
     slots: int = 1, kv: str = "fp32", chunk: int | None = None, threads: int = 0, queue: int = 256,
     prepare: bool = True, kernels: str = "auto", profile: str | None = None, part: bool = False,
     experts: ExpertOptions | None = None, require: Mapping[str, float] | None = None, prefill: str = "auto",
-    progress: Progress = silent,
+    compiled: str = "auto", progress: Progress = silent,
 ) -> LanguageModel | EmbeddingModel | Part:  # fmt: skip
     """Opens a bundle inside `memory` (bytes, "200MB", or None for no budget).
 
@@ -59,7 +59,9 @@ def load(
     run there unless `require` asks for less, {"npu": 0.9}, which by itself chooses the npu. Other devices' own memory
     is in no plan. A language model's prompts run there, through static graphs where the bundle has some for it, and
     answers on the CPU; `prefill` "dynamic" does without these graphs, "static" insists on them, on the CPU too, where
-    auto takes only those that were made for it.
+    auto takes only those that were made for it. Where a device takes graphs that were compiled ahead, the bundle's are
+    used if they are for it and its version; else it compiles them itself, once, which an event reports. `compiled`
+    "bundle" refuses then, and "none" opens them as they are.
     `context` tokens and `slots` conversations at once decide the key-value cache, kept as `kv` (fp32, fp16 or int8);
     `chunk` is the most tokens of one prefill step; `threads` 0 takes every core; `queue` is how many requests may wait
     for a slot. `prepare` False skips the cache of repacked weights and pays for it in private memory; so does a cache
@@ -74,6 +76,8 @@ def load(
     backend, share = _required(backend, require or {})
     if type(threads) is not int or not 0 <= threads <= 1024:
         raise UsageError(f"threads is {threads!r}.", "It must be from 0 to 1024.", "Correct it.")
+    if compiled not in COMPILED:
+        raise UsageError(f"compiled is {compiled!r:.40}.", f"It is one of {', '.join(COMPILED)}.", "Name one.")
     with contextlib.ExitStack() as undo:
         bundle = undo.enter_context(Bundle.open(path))
         card = Card.from_json(bundle.bytes(bundle.section("card")))
@@ -148,7 +152,7 @@ def load(
         if static is not None:
             chunks = open_prefill(
                 bundle, static, sections, device, kv, share=share, threads=threads, ours=ours, way=prefill,
-                progress=progress,
+                compiled=compiled, progress=progress,
             )  # fmt: skip
             session.release_freed_memory()
             parts.grew("static graphs", before)

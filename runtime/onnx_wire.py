@@ -188,7 +188,8 @@ def part(model: Model, nodes: Iterable[Node], outputs: Iterable[str]) -> bytes:
 
 def node_bytes(op: str, inputs: Iterable[str], outputs: Iterable[str], domain: str = "", name: str = "", **attributes):
     """A NodeProto; attributes are integers, floats or texts, and those that are None are left out."""
-    out = b"".join(field_bytes(1, text.encode()) for text in inputs) + b"".join(field_bytes(2, t.encode()) for t in outputs)
+    out = b"".join(field_bytes(1, text.encode()) for text in inputs)
+    out += b"".join(field_bytes(2, text.encode()) for text in outputs)
     out += field_bytes(3, name.encode()) + field_bytes(4, op.encode()) + field_bytes(7, domain.encode())
     for key, value in attributes.items():
         if isinstance(value, float):
@@ -218,7 +219,8 @@ def single(model: Model, node: Node, tensors: Iterable[Tensor], inputs: Mapping[
     kind = next(iter(inputs.values()))
     graph = model.data[slice(*node.span)] + field_bytes(2, b"one")
     graph += b"".join(
-        field_bytes(5, tensor_bytes(tensor)) if tensor.external else model.data[slice(*tensor.span)] for tensor in tensors
+        field_bytes(5, tensor_bytes(tensor)) if tensor.external else model.data[slice(*tensor.span)]
+        for tensor in tensors
     )
     graph += b"".join(field_bytes(11, _value(name, dtype)) for name, dtype in inputs.items())
     graph += b"".join(field_bytes(12, _value(name, kind)) for name in node.outputs if name)

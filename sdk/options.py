@@ -67,6 +67,11 @@ def add_backend(parser: argparse.ArgumentParser, require: bool = True) -> None:
     )  # fmt: skip
     if require:
         group.add_argument(
+            "--compiled", choices=("auto", "bundle", "none"), default="auto",
+            help="graphs compiled ahead: the bundle's, else the device compiles its own once (auto), the bundle's or "
+                 "refuse, or none",
+        )  # fmt: skip
+        group.add_argument(
             "--require", action="append", default=[], metavar="NAME=SHARE",
             help="of the nodes this share must run there, as npu=0.9; what fell back is refused with its reasons",
         )  # fmt: skip
@@ -77,6 +82,8 @@ def backend(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if arguments.prefill != "auto":
         found["prefill"] = arguments.prefill
+    if getattr(arguments, "compiled", "auto") != "auto":
+        found["compiled"] = arguments.compiled
     require = getattr(arguments, "require", [])
     if arguments.backend != "auto" or require:
         found["backend"] = arguments.backend

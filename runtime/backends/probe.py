@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -61,8 +62,8 @@ def survey(
     """
     question = {
         "do": "survey", "ep": listed.provider, "module": "", "library": library, "listed": dataclasses.asdict(listed),
-        "graphs": [base64.b64encode(graph).decode() for graph in graphs], "settings": dict(settings), "dims": dict(dims or {}),
-        "places": by_path(places),
+        "graphs": [base64.b64encode(graph).decode() for graph in graphs], "settings": dict(settings),
+        "dims": dict(dims or {}), "places": by_path(places),
     }  # fmt: skip
     answer = ask(question, seconds, listed.provider)
     try:
@@ -86,19 +87,20 @@ def ask(question: dict, seconds: float, who: str, tick: Callable[[], None] = lam
         raise _died(who, "cannot be tried: this program has no Python interpreter beside it")
     command = [sys.executable, "-P", "-c", _CHILD, json.dumps(sys.path)]
     deadline = time.monotonic() + seconds
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     try:
-        with subprocess.Popen(command, **pipes) as child:  # type: ignore[call-overload]
-            said: bytes | None = json.dumps(question).encode()
+        with TemporaryFile() as said:  # not a pipe: what waits for an answer in turns cannot write as well
+            said.write(json.dumps(question).encode())
+            said.seek(0)
+            child = subprocess.Popen(command, stdin=said, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with child:
             try:
                 while True:
                     try:
-                        out, err = child.communicate(said, max(0.0, min(_TICK, deadline - time.monotonic())))
+                        out, err = child.communicate(timeout=max(0.0, min(_TICK, deadline - time.monotonic())))
                         break
                     except subprocess.TimeoutExpired:
                         if time.monotonic() >= deadline:
                             raise _died(who, f"does not come back within {seconds:g} s") from None
-                    said = None  # it is on its way
                     tick()
             finally:
                 child.kill()

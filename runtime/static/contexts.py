@@ -106,8 +106,8 @@ def find(
             refused = "they are not of all graphs"
         if not refused:
             return Ready(one)
-        why.append(f"{index_name(one.made.provider, one.made.soc)}: {refused}")
-    reason = "; ".join(why) or "the bundle has none"
+        why.append(f"those for {index_name(one.made.provider, one.made.soc)} do not fit: {refused}")
+    reason = "; ".join(why) or "it has none"
     if strict:
         raise BackendError(
             f"The bundle has no compiled graphs for {device.title}.", f"{reason[0].upper()}{reason[1:]}.",
@@ -118,7 +118,8 @@ def find(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
 
     def make() -> None:
-        progress(Event("compile", 0, len(graphs), f"{reason}: {device.title} compiles its own", "graphs"))
+        said = f"{device.title} compiles its own" + (f"; of the bundle's, {reason}" if why else "")
+        progress(Event("compile", 0, len(graphs), said, "graphs"))
         _make(folder, name, bundle, device, graphs, places, chunks, stamp, seconds, progress)
 
     try:
@@ -142,7 +143,7 @@ def _make(
             device, data, places, None, writer.scratch, source=stamp, chunks=chunks, seconds=seconds, progress=progress
         )
         context.rehearse(device, made, progress=progress)
-        index["made"] = writer.add(made.made.to_json())
+        index["contexts"] = writer.add(made.made.to_json())
         index["binaries"] = []
         for binary in made.binaries:
             with open(binary.place.path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as whole:
@@ -155,7 +156,7 @@ def _reuse(folder: Path, name: str, graphs: set[str]) -> Ready | None:
     if file is None:
         return None
     with contextlib.suppress(BundleError, OSError, ValueError, LookupError, TypeError):
-        made = Made.from_json(file.read(file.index["made"]))
+        made = Made.from_json(file.read(file.index["contexts"]))
         binaries = tuple(
             Binary(Place(str(file.path), *file.at(piece), file.fd), str(digest))
             for piece, digest in file.index["binaries"]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .. import backends, session
+from ..backends import context
 from ..backends.placement import Placement
 from ..backends.provider import Device
 from ..bundle import Bundle
@@ -20,6 +21,7 @@ from ..errors import BundleError
 from ..events import Progress, silent
 from ..portable import portable
 from ..session import Place, Session
+from . import contexts
 from .layout import KIND, PREFILL, SECTION, STATIC, TOKENS, Attend, Call, Shadow, Static, graph_name
 from .shadow import Outliers
 
@@ -121,12 +123,13 @@ def outliers(bundle: Bundle, static: Static) -> dict[int, Outliers]:
 
 def open_all(
     bundle: Bundle, static: Static, places: Mapping[str, Place], device: Device | None, kv: str, *, share: float = 1.0,
-    threads: int = 0, ours: bool = True, surveyed: bool = False, patience: float = session.PATIENCE,
-    progress: Progress = silent,
+    threads: int = 0, ours: bool = True, surveyed: bool = False, compiled: str = "auto",
+    patience: float = session.PATIENCE, progress: Progress = silent,
 ) -> Graphs:  # fmt: skip
     """Opens the static graphs on `device` (None: the CPU) and the others on the CPU, in ONNX Runtime's own operators
-    unless they are `ours`. Errors are those of backends.open_graph, and BundleError for a graph that does not take and
-    give what its steps say."""
+    unless they are `ours`. Where the device takes compiled graphs they are opened so; `compiled` "bundle" insists on
+    the bundle's, "none" does without any. Errors are those of backends.open_graph, and BundleError for a graph that
+    does not take and give what its steps say."""
     named = device_names(static)
     with contextlib.ExitStack() as undo:
         graphs = Graphs({}, {}, outliers(bundle, static), Placement("cpu", "", ()))
@@ -143,11 +146,22 @@ def open_all(
                 same[section] = session.open_graph(data, where, threads=threads)
             graphs.cpu[name] = same[section]
         graphs.worker = Worker(device.name) if device is not None else None
-        opened, graphs.placement = backends.open_graphs(
-            device, {name: graph_bytes(bundle, name) for name in named}, places, share=share,
-            threads=1 if device else threads,  # the device has its own
-            patience=patience, worker=graphs.worker, surveyed=surveyed, progress=progress,
-        )  # fmt: skip
+        # The device has its own threads
+        on_device = {"threads": 1 if device else threads, "patience": patience, "worker": graphs.worker}
+        if compiled != "none" and (ready := contexts.find(
+            bundle, device, {name: section_of(bundle, name) for name in named}, places, static.chunks,
+            strict=compiled == "bundle", progress=progress,
+        )):  # fmt: skip
+            with contextlib.closing(ready):
+                assert device is not None
+                opened, graphs.placement = context.open_contexts(
+                    device, ready.contexts, rehearsed=surveyed or ready.rehearsed, progress=progress, **on_device
+                )
+        else:
+            opened, graphs.placement = backends.open_graphs(
+                device, {name: graph_bytes(bundle, name) for name in named}, places, share=share, surveyed=surveyed,
+                progress=progress, **on_device,
+            )  # fmt: skip
         graphs.calls = {named[name]: one for name, one in opened.items()}
         _check(static, graphs, kv)
         undo.pop_all()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..language.decoder import Decoder
 
 WAYS = ("auto", "static", "dynamic")
+COMPILED = ("auto", "bundle", "none")
 
 
 def chosen(bundle: Bundle, card: Card, backend: str, way: str, part: bool = False) -> Static | None:
@@ -50,18 +51,20 @@ def chosen(bundle: Bundle, card: Card, backend: str, way: str, part: bool = Fals
 
 def open_prefill(
     bundle: Bundle, static: Static, places: Mapping[str, Place], device: Device | None, kv: str, *, share: float = 1.0,
-    threads: int = 0, ours: bool = True, way: str = "auto", patience: float = PATIENCE, progress: Progress = silent,
+    threads: int = 0, ours: bool = True, way: str = "auto", compiled: str = "auto", patience: float = PATIENCE,
+    progress: Progress = silent,
 ) -> Prefill | None:  # fmt: skip
-    """The static path, open. Where `share` is 0 nothing must run on the device: then None, and an event, where its
-    graphs cannot be opened. Raises BackendError, with `placement` where nodes fell back, and BundleError."""
+    """The static path, open; `compiled` is as in graphs.open_all. Where `share` is 0 nothing must run on the device:
+    then None, and an event, where its graphs cannot be opened. Raises BackendError, with `placement` where nodes fell
+    back, and BundleError."""
     name = profile.key(bundle.digest, device, kv=kv, threads=threads)
     try:
         opened = graphs.open_all(
             bundle, static, places, device, kv, share=share, threads=threads, ours=ours, patience=patience,
-            surveyed=profile.kept(name) is not None, progress=progress,
+            surveyed=profile.kept(name) is not None, compiled=compiled, progress=progress,
         )  # fmt: skip
     except BackendError as error:
-        if device is None or share > 0 or way == "static":
+        if device is None or share > 0 or way == "static" or compiled == "bundle":
             raise
         progress(Event("load", detail=f"prompts stay on the cpu: {error.what} {error.why}"))
         return None

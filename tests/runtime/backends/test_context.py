@@ -1,4 +1,4 @@
-"""Compiled graphs: what says whether they fit a device needs none; what compiles and opens them is QNN or its emulator."""
+"""Compiled graphs: whether they fit a device is told without one; what compiles and opens them is QNN or its emulator."""
 
 import dataclasses
 import json

@@ -4,7 +4,7 @@
 provider's library on this machine, which need not have the processor. docs/format.md has the sections.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +16,7 @@ from shoal.runtime.bundle import Bundle, create
 from shoal.runtime.bundle.write import Writer
 from shoal.runtime.errors import BackendError, ConvertError, MissingPackageError
 from shoal.runtime.events import Progress, silent
-from shoal.runtime.static.contexts import KIND, binary_name, index_name, source
+from shoal.runtime.static.contexts import ALIGNMENT, KIND, binaries_name, groups, index_name, source
 from shoal.runtime.static.layout import STATIC
 
 _STEP = 16 << 20
@@ -35,37 +35,43 @@ def compiler(npu: Iterable[str]) -> tuple[Device | None, list[Soc]]:
 
 
 def add(
-    writer: Writer, graphs: Mapping[str, str], chunks: Iterable[int], device: Device, socs: Sequence[Soc],
-    folder: Path, progress: Progress = silent, seconds: float = context.SECONDS,
-) -> None:  # fmt: skip
-    """Compiles the static `graphs` (by name, each in its section) for each of `socs`, with the library of `device`, and
-    writes what comes out. These sections, and those of all weights, are finished.
+    writer: Writer,
+    device: Device,
+    socs: Sequence[Soc],
+    folder: Path,
+    progress: Progress = silent,
+    seconds: float = context.SECONDS,
+) -> None:
+    """Compiles the static graphs for each of `socs`, with the library of `device`, and writes what comes out. Their
+    sections, and those of all weights, are finished.
 
-    `folder` is for files on the way. Raises BackendError where a graph cannot be
-    compiled whole, or takes too long.
+    `folder` is for files on the way. Raises BackendError where a graph cannot be compiled whole, or takes too long.
     """
+    static = [graph for graph in writer.graphs if graph.role == STATIC]
     sections = {(one.kind, one.name): one for one in writer.sections}
-    stamp = source(writer.sections, graphs)
+    stamp = source(writer.sections, static)
     places = {
         name: session.Place(str(writer.path), one.offset, one.length)
         for (kind, name), one in sections.items() if kind == "weights"
     }  # fmt: skip
+    data = {}
     with open(writer.path, "rb") as file:
-        data = {}
-        for name, section in graphs.items():
-            file.seek(sections["graph", section].offset)
-            data[name] = file.read(sections["graph", section].length)
+        for graph in static:
+            file.seek(sections["graph", graph.section].offset)
+            data[graph.name] = file.read(sections["graph", graph.section].length)
+    chunks = sorted({graph.chunk for graph in static})
     for one in socs:
         with TemporaryDirectory(prefix=one.name, dir=folder) as scratch:
             found = context.compile_contexts(
-                device, data, places, one, Path(scratch), source=stamp, chunks=chunks, seconds=seconds,
-                progress=progress,
+                device, data, places, one, Path(scratch), source=stamp, chunks=chunks, groups=groups(static),
+                seconds=seconds, progress=progress,
             )  # fmt: skip
-            for number, binary in enumerate(found.binaries):
-                name = binary_name(device.provider, one.name, number)
-                with open(binary.place.path, "rb") as made, writer.section(KIND, name) as sink:
-                    while part := made.read(_STEP):
-                        sink.write(part)
+            with writer.section(KIND, binaries_name(device.provider, one.name), ALIGNMENT) as sink:
+                for binary in found.binaries:
+                    sink.write(bytes(-sink.tell() % ALIGNMENT))
+                    with open(binary.place.path, "rb") as made:
+                        while part := made.read(_STEP):
+                            sink.write(part)
         writer.add(KIND, index_name(device.provider, one.name), found.made.to_json())
 
 
@@ -79,7 +85,7 @@ def extend(
     """
     device, socs = compiler(npu)
     with Bundle.open(path) as bundle, create(out, overwrite=overwrite) as writer:
-        static = [graph for graph in bundle.graphs if graph.role == STATIC]
+        static = any(graph.role == STATIC for graph in bundle.graphs)
         if device is None or not static:
             why = "It has no static graphs." if device else "No processor is named."
             raise ConvertError(
@@ -96,6 +102,5 @@ def extend(
         for graph in bundle.graphs:
             writer.graph(graph)
         with writer.scratch() as folder:
-            names, chunks = {graph.name: graph.section for graph in static}, sorted({one.chunk for one in static})
-            add(writer, names, chunks, device, socs, folder, progress)
+            add(writer, device, socs, folder, progress)
         writer.commit()

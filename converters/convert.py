@@ -157,14 +157,10 @@ def convert(
             if chosen.static is not None:
                 with timed(seconds, "static"):
                     some = rows[:: -(-len(rows) // STATIC_ROWS)] if chosen.static.bits == 8 else ()
-                    made = static.add(
-                        writer, architecture, card, weights, chosen.static, some, scales, folder, progress
-                    )
+                    static.add(writer, architecture, card, weights, chosen.static, some, scales, folder, progress)
             if compiler is not None:
                 with timed(seconds, "compile"):
-                    contexts.add(
-                        writer, {name: name for name in made.graphs}, made.chunks, compiler, socs, folder, progress
-                    )
+                    contexts.add(writer, compiler, socs, folder, progress)
             if stacks is not None:
                 with timed(seconds, "sort"), parity.whole(graph, weights, places(), folder) as opened:
                     index = _sorted(opened, card, stacks, chosen, tokenizer, rows, check_parity, progress)

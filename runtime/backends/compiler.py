@@ -20,17 +20,18 @@ CACHE = "ep_cache_context"
 
 
 def compile_graphs(question: dict) -> dict:
-    """Writes NUMBER.ctx (a model of one EPContext node) for each graph to `folder`, and one binary for all of them
-    where they are `shared`, else one each; answers the name of each one's binary."""
+    """Writes NUMBER.ctx (a model of one EPContext node) for each graph of [name, group, base64] to `folder`, and one
+    binary for each group where they are `shared`, else for each graph; answers the name of each one's binary. Graphs of
+    a group follow one another."""
     target = _target(question)
     places = {name: session.Place(**place) for name, place in question["places"].items()}
     folder, graphs = Path(question["folder"]), question["graphs"]
     binaries = []
-    for number, (name, text) in enumerate(graphs):
+    for number, (name, group, text) in enumerate(graphs):
         graph = base64.b64decode(text)
         entries = {_ROOT: _root(f"{question['key']} {name}")}
         if question["shared"]:
-            entries |= {SHARE: "1", LAST: str(int(number == len(graphs) - 1))}
+            entries |= {SHARE: "1", LAST: str(int(group not in [one[1] for one in graphs[number + 1 :]]))}
         wrapper = _compiled(graph, places, target, entries, folder, number, name)
         (folder / f"{number}.part").write_bytes(wrapper)
         (folder / f"{number}.part").rename(folder / f"{number}.ctx")  # whoever counts them sees whole ones

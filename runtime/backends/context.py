@@ -50,7 +50,8 @@ class Made:
 
     `soc` is the processor's name (sm8650), "" where it was the one at hand; `information` what the provider wrote about
     itself and the processor, which it can read again; `sdk` its version in words. `source` is the digest of the graphs
-    and weights. `graphs` are models of one EPContext node by the graphs' names, each with the number of its binary.
+    and weights. `graphs` are models of one EPContext node by the graphs' names, each with the number of its binary;
+    `binaries` are the lengths in bytes and SHA-256 in hex of these.
     """
 
     provider: str
@@ -61,6 +62,7 @@ class Made:
     chunks: tuple[int, ...]
     source: str
     graphs: Mapping[str, tuple[bytes, int]]
+    binaries: tuple[tuple[int, str], ...]
 
     @property
     def title(self) -> str:
@@ -68,14 +70,9 @@ class Made:
         return f"{self.provider}:{self.soc or 'this device'} by {self.sdk or 'an unknown version'}"
 
     @property
-    def binaries(self) -> int:
-        """How many there are."""
-        return 1 + max(number for _, number in self.graphs.values())
-
-    @property
     def shared(self) -> bool:
         """Whether a binary holds more than one graph."""
-        return len(self.graphs) > self.binaries
+        return len(self.graphs) > len(self.binaries)
 
     def to_json(self) -> bytes:
         graphs = {name: [base64.b64encode(data).decode(), number] for name, (data, number) in self.graphs.items()}
@@ -98,23 +95,28 @@ class Made:
             raise _refuse("chunks are not lengths")
         if not isinstance(listed, dict) or not listed:
             raise _refuse("graphs are not by name")
+        binaries = raw.get("binaries")
+        if not isinstance(binaries, list) or not all(map(_is_binary, binaries)):
+            raise _refuse("binaries are not lengths and digests")
         for name, entry in listed.items():
             try:
                 text, number = entry
                 graphs[name] = base64.b64decode(text, validate=True), number
             except (TypeError, ValueError):
                 raise _refuse(f"graph {name!r:.60} is not base64 and a number") from None
-            if type(number) is not int or not 0 <= number < len(listed):
+            if type(number) is not int or not 0 <= number < len(binaries):
                 raise _refuse(f"graph {name!r:.60} is in binary {number!r:.40}")
-        if {number for _, number in graphs.values()} != set(range(1 + max(number for _, number in graphs.values()))):
-            raise _refuse("binaries are not counted from 0 without a gap")
+        if {number for _, number in graphs.values()} != set(range(len(binaries))):
+            raise _refuse("binaries are not all of a graph")
         provider, name, version, sdk, information, source = words
-        return cls(provider, name, version, sdk, information, tuple(chunks), source, graphs)  # type: ignore[arg-type]
+        return cls(
+            provider, name, version, sdk, information, tuple(chunks), source, graphs, tuple(map(tuple, binaries))
+        )  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Binary:
-    """A context binary: where its bytes are, and their SHA-256 in hex."""
+    """A context binary: where its bytes are, and their SHA-256 in hex. Several may be in a file."""
 
     place: Place
     sha256: str
@@ -135,24 +137,29 @@ def source_digest(graphs: Mapping[str, str], weights: Mapping[str, str]) -> str:
 
 def compile_contexts(
     device: Device, graphs: Mapping[str, bytes], places: Mapping[str, Place], target: soc.Soc | None, folder: Path, *,
-    source: str, chunks: Iterable[int] = (), seconds: float = SECONDS, progress: Progress = silent,
+    source: str, chunks: Iterable[int] = (), groups: Mapping[str, int] | None = None, seconds: float = SECONDS,
+    progress: Progress = silent,
 ) -> Contexts:  # fmt: skip
     """Compiles graphs of static shapes, every node of them, for the processor `target` (None: for `device` itself), by
     the library of `device`. The binaries are files in `folder`.
 
-    There is one for all graphs, with their weights once, but on a simulated device for itself: QNN's emulator dies of a
-    context of several graphs. Raises BackendError where a graph cannot be compiled whole, and where the library dies or
-    takes longer than `seconds`; BundleError for a graph that is not one.
+    There is one for each of the `groups` (of all graphs, by their names; None: one group), with its weights once, but
+    on a simulated device for itself one a graph: QNN's emulator dies of a context of several. Raises BackendError where
+    a graph cannot be compiled whole, and where the library dies or takes longer than `seconds`; BundleError for a graph
+    that is not one.
     """
     for graph in graphs.values():
         session.read(graph, places)
+    graphs = dict(sorted(graphs.items(), key=lambda one: groups[one[0]])) if groups else graphs
     settings = {**device.settings, **(target.settings if target else {})}
     shared = target is not None or not device.simulated
     title = f"{device.provider}:{target.name}" if target else device.title
     if shared:
         settings["enable_htp_weight_sharing"] = "1"
     question = _question("compile", device, settings) | {
-        "graphs": [(name, base64.b64encode(graph).decode()) for name, graph in graphs.items()],
+        "graphs": [
+            (name, groups[name] if groups else 0, base64.b64encode(graph).decode()) for name, graph in graphs.items()
+        ],
         "places": probe.by_path(places), "folder": str(folder), "shared": shared, "key": source,
     }  # fmt: skip
 
@@ -180,8 +187,12 @@ def compile_contexts(
     said = information(wrappers[0], device.listed.provider)
     name = target.name if target else soc.named(settings)
     return Contexts(
-        Made(device.provider, name, device.listed.version, *said, tuple(chunks), source, compiled), binaries
-    )
+        Made(
+            device.provider, name, device.listed.version, *said, tuple(chunks), source, compiled,
+            tuple((binary.place.length, binary.sha256) for binary in binaries),
+        ),
+        binaries,
+    )  # fmt: skip
 
 
 def identity(device: Device, seconds: float = probe.SECONDS) -> tuple[str, str]:
@@ -349,6 +360,11 @@ def information(wrapper: bytes, ep: str) -> tuple[str, str]:
     model = onnx_wire.read(wrapper, {})
     sdk = onnx_texts.texts(model, model.nodes[0]).get("ep_sdk_version") if model.nodes else None
     return sdk or "", onnx_texts.metadata(model).get(_INFORMATION + ep, "")
+
+
+def _is_binary(entry: object) -> bool:
+    length, digest = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    return type(length) is int and 0 <= length < 1 << 48 and isinstance(digest, str) and len(digest) == 64
 
 
 def _file(path: Path) -> Binary:

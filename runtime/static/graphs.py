@@ -149,7 +149,7 @@ def open_all(
         # The device has its own threads
         on_device = {"threads": 1 if device else threads, "patience": patience, "worker": graphs.worker}
         if compiled != "none" and (ready := contexts.find(
-            bundle, device, {name: section_of(bundle, name) for name in named}, places, static.chunks,
+            bundle, device, [graph for graph in bundle.graphs if graph.name in named], places,
             strict=compiled == "bundle", progress=progress,
         )):  # fmt: skip
             with contextlib.closing(ready):

@@ -98,11 +98,6 @@ class Static:
         """Of all device graphs, without their chunk."""
         return list(dict.fromkeys(step.name for step in self.steps if isinstance(step, Call) and step.device))
 
-    @property
-    def graphs(self) -> list[str]:
-        """Of all device graphs of every chunk length."""
-        return [graph_name(name, chunk) for chunk in self.chunks for name in self.names]
-
     def to_json(self) -> bytes:
         raw = {
             "version": VERSION, "backend": self.backend, "chunks": self.chunks, "widths": self.widths,

@@ -1,4 +1,4 @@
-"""Compiled graphs: whether they fit a device is told without one; what compiles and opens them is QNN or its emulator."""
+"""Compiled graphs: whether they fit a device is told without one; QNN, or its emulator, compiles and opens them."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from .conftest import block, build, helper, value
 
 SDK, INFORMATION = "v2.51.0", "v2:6:2.51.0:5.51.0:75:57:0:0"
 HERE = SDK, INFORMATION
-MADE = Made("qnn", "sm8650", "0.1.0", SDK, INFORMATION, (32,), "f00d", {"one": (b"wrapper", 0)})
+MADE = Made("qnn", "sm8650", "0.1.0", SDK, INFORMATION, (32,), "f00d", {"one": (b"wrapper", 0)}, ((6, "0" * 64),))
 HEXAGON = Device("npu", "qnn", Listed("QNNExecutionProvider", "npu", "Qualcomm", 1, 2, "0.1.0"))
 EMULATOR = dataclasses.replace(HEXAGON, settings=soc.KNOWN["sm8650"].settings, simulated="QNN's HTP emulator")
 
@@ -60,7 +60,8 @@ def test_what_they_are_is_read_again_and_checked():
     for change in (
         {"format": 2}, {"soc": 3}, {"sdk": "a\nb"}, {"chunks": [-1]}, {"chunks": 3}, {"graphs": {}}, {"graphs": []},
         {"graphs": {"one": ["%%", 0]}}, {"graphs": {"one": ["", 1]}}, {"graphs": {"one": ["", True]}},
-        {"graphs": {"one": ["", 0, 0]}}, {"graphs": {"a": ["", 0], "b": ["", 2], "c": ["", 2]}},
+        {"graphs": {"one": ["", 0, 0]}}, {"binaries": [[6, "00"]]}, {"binaries": [[-1, "0" * 64]]}, {"binaries": 3},
+        {"binaries": [[6, "0" * 64]] * 2},
     ):  # fmt: skip
         with pytest.raises(BundleError, match="Compiled graphs"):
             Made.from_json(json.dumps(raw | change).encode())
@@ -163,7 +164,7 @@ def test_chunk_lengths_share_their_weights(qnn, tmp_path):
     one, both = size("one", list(graphs)[:1]), size("both", graphs)
     assert len(weights) < one[1] < both[1] < 1.1 * one[1]
     assert both[0].made.shared and len({wrapper for wrapper, _ in both[0].made.graphs.values()}) == 2
-    again = size("again", graphs)
+    again = size("again", graphs)  # the same bytes
     assert again[0].made == both[0].made and again[0].binaries[0].sha256 == both[0].binaries[0].sha256
 
 

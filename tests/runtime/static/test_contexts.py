@@ -20,29 +20,34 @@ SDK, INFORMATION = "v2.51.0", "v2:6:2.51.0:5.51.0:75:57:0:0"
 DEVICE = Device(
     "npu", "qnn", Listed("QNNExecutionProvider", "npu", "Qualcomm", 1, 2, "0.1.0"), soc.KNOWN["sm8650"].settings, "x"
 )
-GRAPHS = {"static.4.ffn": "static.4.ffn", "static.8.ffn": "static.8.ffn"}
+GRAPHS = [
+    Graph(name, "static", "npu", int(name.split(".")[1]), 0, 1, name) for name in ("static.4.ffn", "static.8.ffn")
+]
+BINARY = b"binary"
 
 
-def bundle(path, *mades, binary=b"binary", graphs=GRAPHS):
+def bundle(path, *mades):
     """A bundle of static graphs, with what was compiled of them."""
     with create(path, overwrite=True) as writer:
         writer.add("weights", "static", b"weights", required=True)
-        for name in graphs:
-            writer.add("graph", name, name.encode())
-            writer.graph(Graph(name, "static", "npu", int(name.split(".")[1]), 0, 1, name))
-        source = contexts.source(writer.sections, graphs)
+        for graph in GRAPHS:
+            writer.add("graph", graph.section, graph.name.encode())
+            writer.graph(graph)
+        source = contexts.source(writer.sections, GRAPHS)
         for made in mades:
             made = dataclasses.replace(made, source=made.source or source)
             writer.add(contexts.KIND, contexts.index_name(made.provider, made.soc), made.to_json())
-            for number in range(made.binaries):
-                writer.add(contexts.KIND, contexts.binary_name(made.provider, made.soc, number), binary)
+            writer.add(
+                contexts.KIND, contexts.binaries_name(made.provider, made.soc), BINARY + bytes(4096 - 6) + BINARY, 4096
+            )
         writer.commit()
     return path
 
 
 def made(**changes):
-    graphs = {name: (name.encode(), number) for number, name in enumerate(GRAPHS)}
-    given = Made("qnn", "sm8650", "0.1.0", SDK, INFORMATION, (4, 8), "", graphs)
+    graphs = {graph.name: (graph.name.encode(), number) for number, graph in enumerate(GRAPHS)}
+    binaries = ((6, hashlib.sha256(BINARY).hexdigest()),) * 2
+    given = Made("qnn", "sm8650", "0.1.0", SDK, INFORMATION, (4, 8), "", graphs, binaries)
     return dataclasses.replace(given, **changes)
 
 
@@ -53,14 +58,16 @@ def compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(context, "rehearse", lambda device, found, **_: None)
     calls = []
 
-    def compile_contexts(device, graphs, places, target, folder, *, source, chunks, seconds, progress):
+    def compile_contexts(device, graphs, places, target, folder, *, source, chunks, groups, seconds, progress):
+        assert groups == dict.fromkeys(graphs, 0) and chunks == [4, 8]
         calls.append(sorted(graphs))
         binaries = []
         for name in graphs:
             (folder / name).write_bytes(f"{name} {len(calls)}".encode())
             digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
             binaries.append(Binary(Place(str(folder / name), 0, (folder / name).stat().st_size), digest))
-        return Contexts(made(source=source), tuple(binaries))
+        sizes = tuple((binary.place.length, binary.sha256) for binary in binaries)
+        return Contexts(made(source=source, binaries=sizes), tuple(binaries))
 
     monkeypatch.setattr(context, "compile_contexts", compile_contexts)
     return calls
@@ -70,7 +77,7 @@ def find(path, folder, events=None, device=DEVICE, **options):
     """(what was found, its binaries' bytes)."""
     with Bundle.open(path) as opened:
         say = (lambda event: None) if events is None else (lambda event: events.append(event.detail))
-        found = contexts.find(opened, device, GRAPHS, {}, (4, 8), folder=folder, progress=say, **options)
+        found = contexts.find(opened, device, GRAPHS, {}, folder=folder, progress=say, **options)
         if found is None:
             return None, []
         data = []
@@ -86,7 +93,7 @@ def test_the_bundles_own_are_taken_where_they_fit(tmp_path, compiler):
     path = bundle(tmp_path / "a.shoal", other, made())
     for strict in (False, True):
         found, data = find(path, tmp_path / "cache", strict=strict)
-        assert found.contexts.made.soc == "sm8650" and not found.rehearsed and data == [b"binary", b"binary"]
+        assert found.contexts.made.soc == "sm8650" and not found.rehearsed and data == [BINARY, BINARY]
     assert not compiler and not (tmp_path / "cache").exists()
 
 
@@ -96,7 +103,7 @@ def test_the_bundles_own_are_taken_where_they_fit(tmp_path, compiler):
         ({"sdk": "v2.40.0"}, "compiled by v2.40.0, v2.51.0 is here"),
         ({"soc": "sm8550", "information": INFORMATION.replace("57", "43")}, "for sm8550, this is sm8650"),
         ({"source": "beef"}, "of other graphs"),
-        ({"graphs": {"static.4.ffn": (b"", 0)}}, "not of all graphs"),
+        ({"graphs": {"static.4.ffn": (b"", 0), "static.9.ffn": (b"", 1)}}, "not of all graphs"),
     ],
 )
 def test_others_are_refused_or_the_device_compiles_its_own_and_says_so(tmp_path, compiler, changes, why):
@@ -161,7 +168,7 @@ def test_wrong_sections_are_refused(tmp_path, compiler):
     path = bundle(tmp_path / "a.shoal", made())
     with Bundle.open(path) as opened:
         names = [section.name for section in opened.sections if section.kind == contexts.KIND]
-    assert names == ["qnn:sm8650", "qnn:sm8650/0", "qnn:sm8650/1"]
+    assert names == ["qnn:sm8650", "qnn:sm8650/binaries"]
     with create(tmp_path / "b.shoal") as writer:
         writer.add(contexts.KIND, "qnn:sm8550", made().to_json())
         writer.commit()
@@ -171,4 +178,10 @@ def test_wrong_sections_are_refused(tmp_path, compiler):
         writer.add(contexts.KIND, "qnn:sm8650", made().to_json())
         writer.commit()
     with Bundle.open(tmp_path / "c.shoal") as opened, pytest.raises(BundleError, match="no section"):
+        contexts.held(opened)
+    with create(tmp_path / "d.shoal") as writer:
+        writer.add(contexts.KIND, "qnn:sm8650", made().to_json())
+        writer.add(contexts.KIND, "qnn:sm8650/binaries", BINARY * 2)
+        writer.commit()
+    with Bundle.open(tmp_path / "d.shoal") as opened, pytest.raises(BundleError, match="12 bytes, and should be 4102"):
         contexts.held(opened)

@@ -31,7 +31,7 @@ from .placement import Node, Placement
 from .provider import Device
 
 COMPILERS = frozenset({"qnn"})  # the providers whose context binaries were tried
-SECONDS = 1800.0  # for all graphs of one processor
+SECONDS = 3600.0  # for all graphs of one processor
 VERSION = 1
 MAX_INDEX = 64 << 20  # bytes
 _STEP = 1 << 20

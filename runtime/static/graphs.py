@@ -146,8 +146,7 @@ def open_all(
                 same[section] = session.open_graph(data, where, threads=threads)
             graphs.cpu[name] = same[section]
         graphs.worker = Worker(device.name) if device is not None else None
-        # The device has its own threads
-        on_device = {"threads": 1 if device else threads, "patience": patience, "worker": graphs.worker}
+        threads = 1 if device else threads  # it has its own
         if compiled != "none" and (ready := contexts.find(
             bundle, device, [graph for graph in bundle.graphs if graph.name in named], places,
             strict=compiled == "bundle", progress=progress,
@@ -155,12 +154,13 @@ def open_all(
             with contextlib.closing(ready):
                 assert device is not None
                 opened, graphs.placement = context.open_contexts(
-                    device, ready.contexts, rehearsed=surveyed or ready.rehearsed, progress=progress, **on_device
-                )
+                    device, ready.contexts, threads=threads, patience=patience, worker=graphs.worker,
+                    rehearsed=surveyed or ready.rehearsed, progress=progress,
+                )  # fmt: skip
         else:
             opened, graphs.placement = backends.open_graphs(
-                device, {name: graph_bytes(bundle, name) for name in named}, places, share=share, surveyed=surveyed,
-                progress=progress, **on_device,
+                device, {name: graph_bytes(bundle, name) for name in named}, places, share=share, threads=threads,
+                patience=patience, worker=graphs.worker, surveyed=surveyed, progress=progress,
             )  # fmt: skip
         graphs.calls = {named[name]: one for name, one in opened.items()}
         _check(static, graphs, kv)

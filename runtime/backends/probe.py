@@ -59,7 +59,8 @@ def survey(
     """
     question = {
         "do": "survey", "ep": listed.provider, "module": "", "library": library, "listed": dataclasses.asdict(listed),
-        "graphs": [base64.b64encode(graph).decode() for graph in graphs], "settings": dict(settings), "dims": dict(dims or {}),
+        "graphs": [base64.b64encode(graph).decode() for graph in graphs],
+        "settings": dict(settings), "dims": dict(dims or {}),
         # A descriptor is this process's own; the child opens the path
         "places": {name: dataclasses.asdict(dataclasses.replace(place, fd=-1)) for name, place in places.items()},
     }  # fmt: skip

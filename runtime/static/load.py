@@ -92,4 +92,3 @@ def tune(
         times = profile.measure(prefill, decoder, progress)
         profile.keep(name, times, progress)
     prefill.times = times
-

@@ -1,4 +1,4 @@
-"""Prefill in fixed chunks: the steps of several chunks on the device and the CPU at once, over the decode graph's cache.
+"""Prefill in fixed chunks: steps of several chunks on the device and the CPU at once, over the decode graph's cache.
 
 A prompt is cut (cut.py), its chunks become tasks (tasks.py), and the executor runs them; what is left goes through the
 decode graph. Each chunk in flight has a lane of buffers, one a value. Rows that only fill a chunk up go through the
@@ -83,9 +83,9 @@ class Lane:
 
 @dataclass
 class Prefill:
-    """`device` is its name as a processor, cpu for the CPU itself. A prompt is cut by `times`; without them, or where it
-    is `forced`, all of it goes through chunks. `fallback`: when the device is lost, prompts go through the decode graph from then
-    on, and an event says so; otherwise they fail. `recordings`, where it is a list, gets what runs.
+    """`device` is its name as a processor, cpu for the CPU itself. A prompt is cut by `times`; without them, or where
+    it is `forced`, all of it goes through chunks. `fallback`: when the device is lost, prompts go through the decode
+    graph from then on, and an event says so; otherwise they fail. `recordings`, where it is a list, gets what runs.
 
     Its methods are for one thread at a time, the one that takes a step.
     """
@@ -153,8 +153,10 @@ class Prefill:
         found = {"chunk buffers": held}
         if shadows := self.graphs.shadows.values():
             found["hot shadow rows"] = sum(one.bytes for one in shadows)
-            cold = [measure.range_rss(*one.region) for one in shadows]
-            found["shadow weights"] = None if None in cold else sum(size or 0 for size in cold)
+        rows = [measure.range_rss(*one.region) for one in shadows]
+        read = measure.mapped_rss(*self.graphs.section) if self.graphs.section else None
+        # The engine and the shadows map the same pages
+        found["static weights"] = None if None in (*rows, read) else max(read or 0, sum(size or 0 for size in rows))
         return found
 
     def close(self) -> None:

@@ -11,9 +11,7 @@ from safetensors.numpy import load_file
 
 from shoal.runtime.bundle import Bundle, Graph, create
 from shoal.runtime.card import Card
-from shoal.runtime.static.layout import (
-    KIND, PREFILL, SECTION, STATIC, Attend, Call, Shadow, Static, graph_name,
-)  # fmt: skip
+from shoal.runtime.static.layout import KIND, PREFILL, SECTION, STATIC, Attend, Call, Shadow, Static, graph_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNKS = (4, 8)

@@ -103,7 +103,7 @@ def render(found: dict[str, Any]) -> str:
     lines = [
         f"{found['model']}: {found['prompt_tokens']} tokens in chunks of {chunks}, {found['graphs']} graphs on the "
         f"{found['backend']} ({found['provider']})",
-        f"{found['seconds']:.3f} s, {speed:.1f} tokens/s; the same subgraphs in strict order {found['strict_s']:.3f} s, "
+        f"{found['seconds']:.3f} s, {speed:.1f} tokens/s; the same in strict order {found['strict_s']:.3f} s, "
         f"by the rule without threads {found['rule_s']:.3f} s, in no order less than {found['bound_s']:.3f} s",
         "",
         f"{'processor':12}{'busy s':>9}{'bubbles':>9}",

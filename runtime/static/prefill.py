@@ -6,6 +6,7 @@ static graphs like any other and stop there: attention, the one step where rows 
 nothing about requests or text.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,7 @@ class Prefill:
         self.lanes = [Lane(self.static) for _ in range(FLIGHT)]
         self._suffix = "" if self.kv == "fp32" else f".{self.kv}"
         self._calling = False  # the device is at work
+        self._beside = threading.Lock()  # the CPU is
 
     @property
     def costs(self) -> Costs:
@@ -180,8 +182,12 @@ class Prefill:
         try:
             return execute(tasks, work, patience=self.patience)
         except BackendError as error:
-            if self._calling:  # given up while the device was at work
+            if (
+                self._calling
+            ):  # given up while the device was at work: what the CPU is at must not reach the cache later
                 self._lose(error)
+                if self._beside.acquire(timeout=self.patience):
+                    self._beside.release()
             raise
 
     def _expected(self, length: int, step: int) -> float:
@@ -192,19 +198,22 @@ class Prefill:
     ) -> None:
         """One step of one chunk: `piece` of the `ids`, of which the first is at position `start`."""
         step, lane = self.static.steps[place.step], self.lanes[place.chunk % len(self.lanes)]
-        if isinstance(step, Shadow):
-            self.graphs.shadows[place.step].run(lane.rows(step.takes, piece.count), lane.rows(step.gives, piece.count))
-            return
-        if isinstance(step, Attend):
-            self._attend(decoder, slot, start + piece.start, step, lane, piece.count)
-            return
-        if TOKENS in step.takes:
+        if isinstance(step, Call) and TOKENS in step.takes:
             lane.tokens[: piece.count] = ids[piece.start : piece.start + piece.count]
             lane.tokens[piece.count :] = 0
-        if step.device:
+        if isinstance(step, Call) and step.device:
             self._call(step, lane, piece)
-        else:
-            self._bind(self.graphs.cpu[step.name], step, lane, piece.count).run()
+            return
+        with self._beside:
+            if self.lost is not None:
+                raise self.lost
+            if isinstance(step, Shadow):
+                x, y = (lane.rows(name, piece.count) for name in (step.takes, step.gives))
+                self.graphs.shadows[place.step].run(x, y)
+            elif isinstance(step, Attend):
+                self._attend(decoder, slot, start + piece.start, step, lane, piece.count)
+            else:
+                self._bind(self.graphs.cpu[step.name], step, lane, piece.count).run()
 
     def _call(self, step: Call, lane: Lane, piece: Piece) -> None:
         key = (step.name, piece.length)

@@ -15,7 +15,7 @@ from . import backends, budget, measure, onnx_wire, prepack, session
 from .backends.placement import check_required
 from .bitstack.layout import Index, StackFormat
 from .bitstack.stack import Stack, read_index
-from .budget import Plan, Row, Sizes
+from .budget import Plan, Sizes
 from .bundle import Bundle
 from .bundle import Section as BundleSection
 from .card import Card
@@ -36,7 +36,7 @@ from .loaded import Parts
 from .mapped import ALWAYS
 from .portable import portable
 from .static.load import COMPILED, chosen, open_prefill, tune
-from .static.memory import rows as static_rows
+from .static.memory import Beside, beside
 
 _TOKENIZER = 1 << 19  # its code and the heap's slack, beside its tables
 _ENGINE = 16 << 18  # what an ORT environment and session hold, and for each node of the graph:
@@ -102,7 +102,7 @@ def load(
         prepare, kernels = (prepare, kernels) if whole is None else (False, "ort")
         graph_bytes, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
         ours, index = _ours(kernels, graph_bytes, places), _pool(bundle, graph_bytes, places)
-        more = static_rows(bundle, static, places, kv, device is None) if static else ()
+        more = beside(bundle, static, places, kv, device is None) if static else Beside()
         sizes = _sizes(card, graph_bytes, places, prepare, ours, index, more)
         size, sections = budget.parse_size(memory), places
 
@@ -157,7 +157,7 @@ def load(
             session.release_freed_memory()
             parts.grew("static graphs", before)
             if chunks is None:
-                sizes = dataclasses.replace(sizes, more=())
+                sizes = dataclasses.replace(sizes, more=(), arena=0)
                 parts.plan = replan()
         if chunks is not None:
             undo.callback(chunks.close)
@@ -210,7 +210,7 @@ def plan(
         graph, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
         ours, index = _ours(kernels, graph, places), _pool(bundle, graph, places)
         on_cpu = backend.partition(":")[0] in ("auto", "cpu")
-        more = static_rows(bundle, static, places, kv, on_cpu) if static else ()
+        more = beside(bundle, static, places, kv, on_cpu) if static else Beside()
         sizes = _sizes(card, graph, places, prepare, ours, index, more)
         size = budget.parse_size(memory)
         return budget.plan(card, sizes, memory=size, context=context, slots=slots, kv=kv, chunk=chunk)
@@ -230,7 +230,7 @@ def _required(backend: str, require: Mapping[str, float]) -> tuple[str, float]:
 
 def sizes(card: Card, graph: bytes, places: dict[str, session.Place]) -> Sizes:
     """What loading this graph would bring on this device, but for a stack, by its shapes alone."""
-    return _sizes(card, graph, places, True, _ours("auto", graph, places), None, ())
+    return _sizes(card, graph, places, True, _ours("auto", graph, places), None, Beside())
 
 
 def _places(bundle: Bundle) -> dict[str, session.Place]:
@@ -300,7 +300,7 @@ def _experts(bundle: Bundle, nodes: list[onnx_wire.Node]) -> Experts:
 
 def _sizes(
     card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool, ours: bool,
-    index: Index | Experts | None, more: tuple[Row, ...],
+    index: Index | Experts | None, more: Beside,
 ) -> Sizes:  # fmt: skip
     """The bytes that loading this graph brings, by its shapes alone; unless it is `ours`, lowered."""
     model = session.read(graph, places)
@@ -335,7 +335,8 @@ def _sizes(
         stack=stack,
         floor=index.floor if isinstance(index, Index) else min(card.top_k, len(stack) - 1),
         pool="experts" if isinstance(index, Experts) else "stack",
-        more=more,
+        more=more.rows,
+        arena=more.arena,
     )
 
 

@@ -31,6 +31,7 @@ LIBRARIES = [
     os.path.dirname(str(package.__file__)) for package in (onnxruntime, np, kernels)
 ]  # whose code a model runs
 _OPENING = threading.Lock()
+_ARENA: list = []  # of graphs that share one, once it is there
 _LOST: list = []  # sessions whose device hangs: freeing them would hang as well
 _LINEAR, _ROWS = "QuantizedLinear", "QuantizedRows"
 _VECTOR = 256 << 10  # bytes of the longest weight that is a norm's or a bias
@@ -91,21 +92,26 @@ class Target:
 def open_graph(
     graph: bytes, places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False,
     target: Target | None = None, dims: Mapping[str, int] | None = None, repack: bool = True,
-    profile: str | None = None,
+    profile: str | None = None, shared: bool = False,
 ) -> "Session":  # fmt: skip
     """Opens ModelProto bytes whose external data is in `places`, on the CPU or on `target`.
 
     `threads` (0: one a core) includes the caller's; with `spinning` they burn the time between two operators. `dims`
     gives open dimensions a length, by their names: a device that knows static shapes only then takes the graph.
     `profile` is the prefix of a file of ORT's timings, written by close(). Without `repack` weights are used where they
-    lie, which saves a copy and is as fast only in fp32. Raises BundleError for a graph that is not one, and
-    BackendError where ORT or the device cannot take it, is gone, or does not come back.
+    lie, which saves a copy and is as fast only in fp32. Graphs that are `shared` keep what lies between their operators
+    in one arena of the process, for many that run in turn: an arena each would hold a step of every one.
+    Raises BundleError for a graph that is not one, and BackendError where ORT or the device cannot take it, is gone, or
+    does not come back.
     """
     model = read(graph, places)
     with door(f"The model's graph cannot be opened on {target.device.provider if target else CPU}.", opening=True):
         options = options_for(places, threads=threads, spinning=spinning, target=target, dims=dims)
         if not repack:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if shared:
+            _share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         # Of a prepared graph a step reads the prepared file whole; what lies elsewhere is read once, or a row at a time
@@ -121,6 +127,16 @@ def open_graph(
             weights = mapped.appeared(mapped.regions(paths), before, tables(model, places))
         weights.release()  # opening read every weight once, running reads few of those pages
         return Session(session, target, weights, profile=profile is not None)
+
+
+def _share_arena() -> None:
+    """Makes the process's arena, once; it stays for as long as the process does."""
+    with _OPENING:
+        if not _ARENA:
+            kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+            info = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+            onnxruntime.create_and_register_allocator(info, None)
+            _ARENA.append(info)
 
 
 def survey(

@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.runtime.errors import BackendError, StorageError, UsageError
 from shoal.runtime.events import Progress, silent
-from shoal.runtime.schedule import Schedule, Task, chrome_trace, lower_bound, simulate
+from shoal.runtime.schedule import Run, Schedule, Task, chrome_trace, lower_bound, simulate
 
 SEED = 7
 
@@ -25,9 +25,9 @@ def trace(
     """Takes a prompt of `prompt` random tokens through the bundle's static graphs on `backend` and writes the trace to
     `path`; of what runs in several parts, one after another, each begins where the one before ended.
 
-    Returns seconds, pieces, and for each processor busy seconds and bubbles, a value of JSON's types. Raises BackendError
-    where the bundle has no static graphs for the backend, StorageError where the file cannot be written, and what loading
-    raises.
+    Returns seconds, pieces, and for each processor busy seconds and bubbles, a value of JSON's types. Raises
+    BackendError where the bundle has no static graphs for the backend, StorageError where the file cannot be written,
+    and what loading raises.
     """
     from shoal.runtime.model import load
     from shoal.runtime.static import profile
@@ -54,7 +54,8 @@ def trace(
         whole = joined([one.schedule for one in made if one.schedule])
         found = {
             "model": model.card.name, "prompt_tokens": prompt, "backend": prefill.device,
-            "provider": title.provider if title else "", "chunks": [piece.length for one in made for piece in one.pieces],
+            "provider": title.provider if title else "",
+            "chunks": [piece.length for one in made for piece in one.pieces],
             "graphs": len(prefill.graphs.calls), **figures(whole, [one.schedule for one in made if one.schedule]),
         }  # fmt: skip
     try:
@@ -67,14 +68,14 @@ def trace(
 def joined(schedules: list[Schedule]) -> Schedule:
     """One after another."""
     tasks: list[Task] = []
-    runs = []
+    runs: list[Run] = []
     for schedule in schedules:
         at, count = max((run.end for run in runs), default=0.0), len(tasks)
         tasks += [
             Task(t.name, t.chunk, t.layer, t.part, t.seconds, tuple(count + need for need in t.needs))
             for t in schedule.tasks
         ]
-        runs += [type(r)(count + r.task, r.processor, at + r.start, at + r.end) for r in schedule.runs]
+        runs += [Run(count + r.task, r.processor, at + r.start, at + r.end) for r in schedule.runs]
     return Schedule(tuple(tasks), tuple(runs))
 
 
@@ -102,8 +103,8 @@ def render(found: dict[str, Any]) -> str:
     lines = [
         f"{found['model']}: {found['prompt_tokens']} tokens in chunks of {chunks}, {found['graphs']} graphs on the "
         f"{found['backend']} ({found['provider']})",
-        f"{found['seconds']:.3f} s, {speed:.1f} tokens/s; of the same subgraphs: strict order {found['strict_s']:.3f} s, "
-        f"the rule without waiting for threads {found['rule_s']:.3f} s, no order less than {found['bound_s']:.3f} s",
+        f"{found['seconds']:.3f} s, {speed:.1f} tokens/s; the same in strict order {found['strict_s']:.3f} s, "
+        f"by the rule without threads {found['rule_s']:.3f} s, in no order less than {found['bound_s']:.3f} s",
         "",
         f"{'processor':12}{'busy s':>9}{'bubbles':>9}",
     ]

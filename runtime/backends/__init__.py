@@ -182,7 +182,7 @@ def open_graphs(
     try:
         for (name, graph), rehearsed in zip(graphs.items(), before, strict=True):
             progress(Event("open", len(opened), len(graphs), name, "graphs"))
-            opened[name] = session.open_graph(graph, places, threads=threads, target=target)
+            opened[name] = session.open_graph(graph, places, threads=threads, target=target, shared=True)
             nodes += _nodes(opened[name], rehearsed)
         found = Placement(device.backend if device else "cpu", provider, tuple(nodes))
         found.check(share)

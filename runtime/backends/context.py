@@ -108,10 +108,9 @@ class Made:
                 raise _refuse(f"graph {name!r:.60} is in binary {number!r:.40}")
         if {number for _, number in graphs.values()} != set(range(len(binaries))):
             raise _refuse("binaries are not all of a graph")
-        provider, name, version, sdk, information, source = words
-        return cls(
-            provider, name, version, sdk, information, tuple(chunks), source, graphs, tuple(map(tuple, binaries))
-        )  # type: ignore[arg-type]
+        provider, name, version, sdk, information, source = map(str, words)
+        sizes = tuple((length, digest) for length, digest in binaries)
+        return cls(provider, name, version, sdk, information, tuple(chunks), source, graphs, sizes)
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,8 @@ class LanguageModel(Prompts, Loaded):
 
     def measure(self) -> dict[str, int | None]:
         found = super().measure() | self.scheduler.decoder.measure()
-        if (cold := found.get("shadow weights")) and found.get("weights"):  # of the same file
-            found["weights"] = max(0, (found["weights"] or 0) - cold)
+        if (static := found.get("static weights")) and found.get("weights"):  # of the same file
+            found["weights"] = max(0, (found["weights"] or 0) - static)
         return found
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Where a prompt is cut: how many chunks of which lengths, and what is left to the graph that takes any number.
 
-Pure: expected seconds in, pieces out. A chunk may be padded, so a short prompt pays for a whole one only where neither a
-smaller graph nor the dynamic one is faster. It knows nothing about graphs or devices.
+Pure: expected seconds in, pieces out. A chunk may be padded, so a short prompt pays for a whole one only where neither
+a smaller graph nor the dynamic one is faster. It knows nothing about graphs or devices.
 """
 
 import math

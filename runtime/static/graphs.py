@@ -40,6 +40,7 @@ class Graphs:
     placement: Placement
     worker: Worker | None = None  # runs the device's graphs, one after another
     kept: list = field(default_factory=list)  # what else is closed with them
+    section: tuple[str, tuple[int, int]] | None = None  # of their weights: the file, and (offset, bytes) in it
 
     def nodes(self) -> dict[str, int]:
         """Execution provider -> how many nodes of all these graphs it took."""
@@ -134,6 +135,8 @@ def open_all(
     with contextlib.ExitStack() as undo:
         graphs = Graphs({}, {}, outliers(bundle, static), Placement("cpu", "", ()))
         undo.callback(graphs.close)
+        if (own := places.get(SECTION)) is not None:
+            graphs.section = own.path, (own.offset, own.length)
         same: dict[str, Session] = {}  # blocks that differ in nothing share their attention's graph
         for name in cpu_names(static, kv):
             section = section_of(bundle, name)
@@ -143,7 +146,7 @@ def open_all(
                     lowered = portable(data, places, key=bundle.digest, progress=progress)
                     graphs.kept.append(lowered)
                     data, where = lowered.graph, lowered.places
-                same[section] = session.open_graph(data, where, threads=threads)
+                same[section] = session.open_graph(data, where, threads=threads, shared=True)
             graphs.cpu[name] = same[section]
         graphs.worker = Worker(device.name) if device is not None else None
         threads = 1 if device else threads  # it has its own
@@ -174,7 +177,9 @@ def _check(static: Static, graphs: Graphs, kv: str) -> None:
         if isinstance(step, Call):
             for chunk in static.chunks if step.device else (0,):
                 opened = graphs.calls[step.name, chunk] if chunk else graphs.cpu[step.name]
-                shapes = {name: (chunk or None, static.widths.get(name, 0)) for name in (*step.takes, *step.gives)}
+                shapes: dict[str, tuple] = {
+                    name: (chunk or None, static.widths.get(name, 0)) for name in (*step.takes, *step.gives)
+                }
                 shapes |= {TOKENS: (1, chunk or None)} if TOKENS in step.takes else {}
                 _ports(step.name, opened, step.takes, step.gives, shapes)
         elif isinstance(step, Attend):

@@ -95,4 +95,3 @@ def tune(
         times = profile.measure(prefill, decoder, progress)
         profile.keep(name, times, progress)
     prefill.times = times
-

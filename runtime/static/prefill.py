@@ -1,4 +1,4 @@
-"""Prefill in fixed chunks: the steps of several chunks on the device and the CPU at once, over the decode graph's cache.
+"""Prefill in fixed chunks: steps of several chunks on the device and the CPU at once, over the decode graph's cache.
 
 A prompt is cut (cut.py), its chunks become tasks (tasks.py), and the executor runs them; what is left goes through the
 decode graph. Each chunk in flight has a lane of buffers, one a value. Rows that only fill a chunk up go through the
@@ -6,6 +6,7 @@ static graphs like any other and stop there: attention, the one step where rows 
 nothing about requests or text.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,9 +84,9 @@ class Lane:
 
 @dataclass
 class Prefill:
-    """`device` is its name as a processor, cpu for the CPU itself. A prompt is cut by `times`; without them, or where it
-    is `forced`, all of it goes through chunks. `fallback`: when the device is lost, prompts go through the decode graph from then
-    on, and an event says so; otherwise they fail. `recordings`, where it is a list, gets what runs.
+    """`device` is its name as a processor, cpu for the CPU itself. A prompt is cut by `times`; without them, or where
+    it is `forced`, all of it goes through chunks. `fallback`: when the device is lost, prompts go through the decode
+    graph from then on, and an event says so; otherwise they fail. `recordings`, where it is a list, gets what runs.
 
     Its methods are for one thread at a time, the one that takes a step.
     """
@@ -106,6 +107,7 @@ class Prefill:
         self.lanes = [Lane(self.static) for _ in range(FLIGHT)]
         self._suffix = "" if self.kv == "fp32" else f".{self.kv}"
         self._calling = False  # the device is at work
+        self._beside = threading.Lock()  # the CPU is
 
     @property
     def costs(self) -> Costs:
@@ -153,8 +155,10 @@ class Prefill:
         found = {"chunk buffers": held}
         if shadows := self.graphs.shadows.values():
             found["hot shadow rows"] = sum(one.bytes for one in shadows)
-            cold = [measure.range_rss(*one.region) for one in shadows]
-            found["shadow weights"] = None if None in cold else sum(size or 0 for size in cold)
+        rows = [measure.range_rss(*one.region) for one in shadows]
+        read = measure.mapped_rss(*self.graphs.section) if self.graphs.section else None
+        # The engine and the shadows map the same pages
+        found["static weights"] = None if None in (*rows, read) else max(read or 0, sum(size or 0 for size in rows))
         return found
 
     def close(self) -> None:
@@ -178,8 +182,12 @@ class Prefill:
         try:
             return execute(tasks, work, patience=self.patience)
         except BackendError as error:
-            if self._calling:  # given up while the device was at work
+            if (
+                self._calling
+            ):  # given up while the device was at work: what the CPU is at must not reach the cache later
                 self._lose(error)
+                if self._beside.acquire(timeout=self.patience):
+                    self._beside.release()
             raise
 
     def _expected(self, length: int, step: int) -> float:
@@ -190,19 +198,22 @@ class Prefill:
     ) -> None:
         """One step of one chunk: `piece` of the `ids`, of which the first is at position `start`."""
         step, lane = self.static.steps[place.step], self.lanes[place.chunk % len(self.lanes)]
-        if isinstance(step, Shadow):
-            self.graphs.shadows[place.step].run(lane.rows(step.takes, piece.count), lane.rows(step.gives, piece.count))
-            return
-        if isinstance(step, Attend):
-            self._attend(decoder, slot, start + piece.start, step, lane, piece.count)
-            return
-        if TOKENS in step.takes:
+        if isinstance(step, Call) and TOKENS in step.takes:
             lane.tokens[: piece.count] = ids[piece.start : piece.start + piece.count]
             lane.tokens[piece.count :] = 0
-        if step.device:
+        if isinstance(step, Call) and step.device:
             self._call(step, lane, piece)
-        else:
-            self._bind(self.graphs.cpu[step.name], step, lane, piece.count).run()
+            return
+        with self._beside:
+            if self.lost is not None:
+                raise self.lost
+            if isinstance(step, Shadow):
+                x, y = (lane.rows(name, piece.count) for name in (step.takes, step.gives))
+                self.graphs.shadows[place.step].run(x, y)
+            elif isinstance(step, Attend):
+                self._attend(decoder, slot, start + piece.start, step, lane, piece.count)
+            else:
+                self._bind(self.graphs.cpu[step.name], step, lane, piece.count).run()
 
     def _call(self, step: Call, lane: Lane, piece: Piece) -> None:
         key = (step.name, piece.length)

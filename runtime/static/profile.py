@@ -82,7 +82,9 @@ def measure(prefill: Prefill, decoder: "Decoder", progress: Progress = silent) -
         count = min(length, decoder.cache.context)
         tasks, places = build(static, [length], [True], 1, prefill.device, lambda length, step: 0.0)
 
-        def work(index: int, processor: str, piece=Piece(0, count, length), places=places) -> None:
+        piece = Piece(0, count, length)
+
+        def work(index: int, processor: str, piece=piece, places=places) -> None:
             prefill.run_step(decoder, 0, [0] * piece.count, 0, piece, places[index])
 
         schedule = in_order(tasks, work)

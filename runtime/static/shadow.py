@@ -47,8 +47,8 @@ class Outliers:
         return self._weights.ctypes.data, self._weights.nbytes
 
     def residual(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x fp32 [rows, inputs] -> the channels, ascending, where clipping takes something away, and what: whole numbers
-        in float64 [rows, channels]. Raises BackendError for what is not a number."""
+        """x fp32 [rows, inputs] -> the channels, ascending, where clipping takes something away, and what: whole
+        numbers in float64 [rows, channels]. Raises BackendError for what is not a number."""
         top, bottom = x.max(0), x.min(0)
         if not (np.isfinite(top).all() and np.isfinite(bottom).all()):
             raise BackendError(

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="hobbit", metavar="NAME", help="with --experts: who leaves a slot (hobbit)")
     parser.add_argument("--predictor", default="", metavar="FILE", help="with --experts: guesses by these matrices")
     parser.add_argument(
-        "--trace", metavar="FILE", help="instead: one prompt of -p tokens in static chunks; who ran what when goes to FILE"
+        "--trace", metavar="FILE", help="instead: a prompt of -p tokens in static chunks, who ran what when to FILE"
     )
     options.add_json(parser)
     options.add_backend(parser, require=False)

@@ -21,7 +21,7 @@ def cheapest(count: int, costs: Costs) -> float:
     return min(found)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(60))
 def test_no_way_is_faster(seed):
     draw = np.random.default_rng(seed)
     lengths = sorted(draw.choice(np.arange(1, 12), draw.integers(1, 4), replace=False).tolist())
@@ -29,7 +29,7 @@ def test_no_way_is_faster(seed):
         {length: float(draw.random() + length * draw.random()) for length in lengths},
         float(draw.random()), math.inf if seed % 5 == 0 else float(draw.random()),
     )  # fmt: skip
-    count = int(draw.integers(1, 30))
+    count = int(draw.integers(1, 24))
     pieces = cut(count, costs)
     assert costs.of(pieces) == pytest.approx(cheapest(count, costs))
     at = 0

@@ -1,5 +1,5 @@
-"""Prompts through static graphs on a tiny model: the decode graph's logits for any length and any cut, in company, from a
-prefix on, resized; and a device that refuses, dies or hangs."""
+"""Prompts through static graphs on a tiny model: the decode graph's logits for any length and any cut, in company, from
+a prefix on, resized; and a device that refuses, dies or hangs."""
 
 import math
 import threading
@@ -153,10 +153,13 @@ def test_a_cut_goes_by_the_expected_times(static):
         quick = {4: (1e-3 / steps,) * steps, 8: (1.5e-3 / steps,) * steps}
         for each, wanted in ((1e-5, [0]), (1.0, [8, 8, 4]), (2e-4, [8, 8, 0])):
             static.prefill.times = Times(quick, 0.0, each)
-            taken(static, prompt(2 * C + 2))
-            assert [piece.length for piece in static.prefill.recordings[-1].pieces] == wanted
+            for forced in (False, True):
+                static.prefill.forced = forced
+                taken(static, prompt(2 * C + 2))
+                assert [one.length for one in static.prefill.recordings[-1].pieces] == ([8, 8, 4] if forced else wanted)
     finally:
         static.prefill.times = static.prefill.recordings = None
+        static.prefill.forced = True
 
 
 def test_on_the_cpu_auto_measures_once_and_remembers(static_bundle, plain, monkeypatch):
@@ -186,7 +189,7 @@ def test_what_cannot_be_chosen_is_refused(tiny_bundle, npu_bundle):
 def test_the_plan_counts_graphs_and_buffers(npu_bundle, shadowed_bundle):
     rows = {row.name: row for row in shoal.plan(npu_bundle, context=64, backend="npu").rows}
     # 3 blocks of 5 graphs for each of 2 lengths; attention of all blocks is one graph, with embedding and head 5 names
-    assert rows["static graphs"].note == "15 for each chunk of 4, 8, 5 for any length"
+    assert rows["static graphs"].note == "15 for each chunk of 4, 8; 5 for any length"
     assert "static graphs" not in {row.name for row in shoal.plan(npu_bundle, context=64).rows}
     rows = {row.name: row for row in shoal.plan(shadowed_bundle, context=64).rows}
     assert rows["hot shadow rows"].note == "12 channels of 6 products"
@@ -262,7 +265,7 @@ class Broken:
         self.session, self.times, self.hang = session, times, hang
 
     def bind(self):
-        binding, run = self.session.bind(), self.session.bind().run
+        binding = self.session.bind()
         real = binding.run
 
         def run():

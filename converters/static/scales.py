@@ -77,29 +77,37 @@ def with_shadow(seen: Seen, weights: np.ndarray, shares: np.ndarray) -> Fit:
     order = np.sort(seen.maxima)[::-1]
     most = max(1, int(len(order) * HOT))
     counts = sorted({0, *(1 << power for power in range(most.bit_length())), most})
-    fits = [_fit(seen, weights, shares, _scale(float(order[min(count, len(order) - 1)])), False) for count in counts]
+    scales = [_scale(float(order[min(count, len(order) - 1)])) for count in counts]
+    fits = _fits(seen, weights, shares, scales, lost=False)
     best = min(fit.error for fit in fits)
     return next(fit for fit in fits if fit.error <= best * SLACK)
 
 
 def without_shadow(seen: Seen, weights: np.ndarray, shares: np.ndarray) -> Fit:
     """The scale where what is clipped is lost: the one with the least error."""
-    top = largest(seen)
-    fits = [_fit(seen, weights, shares, top * 2 ** (-halving / 2), True) for halving in range(_HALVINGS)]
-    return min(fits, key=lambda fit: fit.error)
+    scales = [largest(seen) * 2 ** (-halving / 2) for halving in range(_HALVINGS)]
+    return min(_fits(seen, weights, shares, scales, lost=True), key=lambda fit: fit.error)
 
 
-def _fit(seen: Seen, weights: np.ndarray, shares: np.ndarray, scale: float, lost: bool) -> Fit:
+def _fits(seen: Seen, weights: np.ndarray, shares: np.ndarray, scales: list[float], lost: bool) -> list[Fit]:
     x = seen.sample
-    main, residual = quantise(x, scale)
-    given = main * np.float32(scale)
-    error = (given if lost else given + residual * np.float32(scale)) - x
     y = x @ weights.T
-    power = float(np.square(y, dtype=np.float64).sum())
-    relative = float(np.square(error @ weights.T, dtype=np.float64).sum()) / max(power, 1e-30)
-    hot = np.flatnonzero(np.rint(seen.maxima / np.float32(scale)) > 127)
-    most = float((np.abs(given @ weights.T) / shares).max()) * HEADROOM
-    return Fit(scale, relative, tuple(map(int, hot)), max(most, 1e-6))
+    power = max(float(np.square(y, dtype=np.float64).sum()), 1e-30)
+    found = []
+    for scale in scales:
+        step = np.float32(scale)
+        main, residual = quantise(x, scale)
+        error = (main if lost else main + residual) * step - x
+        missed = error @ weights.T
+        given = y + missed  # by the device
+        if not lost:
+            channels = np.flatnonzero(residual.any(0))
+            given -= residual[:, channels] @ weights[:, channels].T * step
+        hot = np.flatnonzero(np.rint(seen.maxima / step) > 127)
+        most = float((np.abs(given) / shares).max()) * HEADROOM
+        relative = float(np.square(missed, dtype=np.float64).sum()) / power
+        found.append(Fit(scale, relative, tuple(map(int, hot)), max(most, 1e-6)))
+    return found
 
 
 def _scale(most: float) -> float:

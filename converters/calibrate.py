@@ -74,10 +74,11 @@ def _spread(recipe: Recipe, card: Card, tokenizer: Tokenizer) -> tuple[list[int]
 
 def smooth(
     architecture: ModuleType, card: Card, weights: Weights, tokens: np.ndarray, folder: Path,
-    progress: Progress = silent,
+    progress: Progress = silent, peaks: bool = False,
 ) -> Factors:  # fmt: skip
     """Factors that change nothing but what rounding costs (SmoothQuant, Xiao et al. 2023): each channel of a product's
-    input is divided by the root of its RMS over `tokens`, int64 [rows, length], in the norm or matrix that makes it,
+    input is divided by the root of its RMS or, with `peaks`, of its largest magnitude, which decides where one scale
+    serves a whole tensor, over `tokens`, int64 [rows, length], in the norm or matrix that makes it,
     and the product's columns are multiplied by as much. Scratch files are in `folder`, one at a time. What is behind
     a part is left out."""
     walk, factors = Walk(architecture, card, tokens[:: -(-len(tokens) // _ROWS)]), Factors()
@@ -88,13 +89,14 @@ def smooth(
             producers = walk.graph(one, scratch.weights).producers
             if not producers:
                 return factors
-            squares: dict[Names, np.ndarray] = {}
+            sizes: dict[Names, np.ndarray] = {}
             for inputs in walk.inputs(one, scratch):
                 for names in producers:
-                    squares[names] = squares.get(names, 0) + np.square(inputs[names]).sum(0)
+                    squares, before = np.square(inputs[names]), sizes.get(names, np.float32(0))
+                    sizes[names] = np.maximum(before, squares.max(0)) if peaks else before + squares.sum(0)
             walk.advance(one, scratch)
         for names, producer in producers.items():
-            rms = np.sqrt(squares[names])
+            rms = np.sqrt(sizes[names])
             # A channel that hardly fires may when others speak: it counts as a hundredth of the mean
             factor = np.sqrt(np.maximum(rms / rms.mean(), 0.01)) if rms.any() else np.ones_like(rms)
             factors.rows[producer] = 1 / factor

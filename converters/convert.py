@@ -128,7 +128,8 @@ def convert(
                     with timed(seconds, "calibrate"):
                         rows = calibration_rows(chosen, card, tokenizer)
                         if chosen.smooth:
-                            weights.factors = smooth(architecture, card, weights, rows, folder, progress)
+                            peaks = chosen.static is not None and chosen.static.bits == 8
+                            weights.factors = smooth(architecture, card, weights, rows, folder, progress, peaks)
                         if chosen.method == "gptq":
                             calibrate(architecture, card, weights, places, rows, folder, progress)
                         if stacks is not None:

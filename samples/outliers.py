@@ -93,7 +93,7 @@ class Model:
 
     def factors(self) -> Factors:
         with Scratch(self.source, self.folder) as scratch:
-            return smooth(self.architecture, self.card, scratch.weights, self.all_rows, self.folder)
+            return smooth(self.architecture, self.card, scratch.weights, self.all_rows, self.folder, peaks=True)
 
     def fits(self, factors: Factors | None, rotate: bool) -> list[dict]:
         """Of each product, in the graph's order: its scales with and without a shadow, and of its largest value."""
@@ -104,7 +104,7 @@ class Model:
                 for inputs in walk.inputs(one, scratch):
                     for names, x in inputs.items():
                         x = hadamard(x) if rotate else x
-                        seen.setdefault(names, Seen(np.zeros(x.shape[1], np.float32))).add(x, len(self.rows))
+                        seen.setdefault(names, Seen()).add(x, len(self.rows))
                 walk.advance(one, scratch)
                 for names in seen:
                     rows = np.concatenate(list(scratch.weights.slices(tuple(f"{name}.weight" for name in names))))
@@ -113,7 +113,7 @@ class Model:
                     shadow, alone = with_shadow(*given), without_shadow(*given)
                     found.append({
                         "names": names, "shadow": shadow.scale, "alone": alone.scale, "largest": largest(seen[names]),
-                        "hot": len(shadow.hot), "inputs": x.shape[1], "errors": (shadow.error, alone.error),
+                        "beyond": shadow.beyond * x.shape[1], "hot": len(shadow.hot), "inputs": x.shape[1], "errors": (shadow.error, alone.error),
                         "importance": alone.error - shadow.error,
                     })  # fmt: skip
         return found
@@ -181,9 +181,10 @@ def measure(checkpoint: Path, tokens: int) -> dict:
             "scales": sixteen["scales"] / 256, "low": sixteen["low"] * 256, "high": sixteen["high"] * 256
         }
         take(factors, False, wanted)
-        found["hot"] = sum(fit["hot"] for fit in fits) / sum(fit["inputs"] for fit in fits)
+        inputs = sum(fit["inputs"] for fit in fits)
+        found["beyond"], found["hot"] = (sum(fit[key] for fit in fits) / inputs for key in ("beyond", "hot"))
         found["products"] = [{**fit, "names": list(fit["names"])} for fit in fits]
-        print(f"hot channels {found['hot']:.2%}", flush=True)
+        print(f"channels beyond the clip {found['beyond']:.2%} in a chunk, hot {found['hot']:.2%}", flush=True)
         turns = all(fit["inputs"] % 64 == 0 for fit in fits)
         for prefix, used, rotate in (("rotated, ", factors, True), ("not smoothed, ", None, False)):
             if rotate and not turns:
@@ -191,7 +192,7 @@ def measure(checkpoint: Path, tokens: int) -> dict:
             fits = model.fits(used, rotate)
             wanted = {
                 "int8 weights, float inputs": controls(fits, None), "shadow 100%": controls(fits, 1.0),
-                "shadow 0%": controls(fits, 0.0), "no shadow, absmax": controls(fits, 0.0, "largest"),
+                "shadow 0%": controls(fits, 0.0),
             }  # fmt: skip
             take(used, rotate, wanted, prefix)
         return found

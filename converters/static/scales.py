@@ -2,7 +2,8 @@
 
 One scale serves a whole tensor, so that few channels with large values take the resolution from all others. With a
 shadow (llm.npu, Xu et al., ASPLOS 2025) the scale may clip them: what clipping takes away is multiplied beside the
-device. The scale then comes from channels' maxima and not from values, so that few channels are ever beyond it.
+device. The scale then comes from channels' maxima over stretches of text and not from single values, so that in a
+chunk few channels are beyond it: a column is multiplied whole, whether one of its rows needs it or all.
 This module is arithmetic on arrays: it knows nothing about graphs, models or files.
 """
 
@@ -11,7 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 SAMPLE = 192  # rows of a product's input on which errors are measured
-HOT = 0.01  # the most channels, as a share, that calibration may find beyond the clip
+STRETCH = 256  # tokens of a chunk, as far as scales go
+HOT = 0.01  # the most channels beyond the clip in a stretch, as a share, in the mean; and the most that are hot
+SHARES = (0.0, HOT / 8, HOT / 4, HOT / 2, HOT)  # of channels beyond the clip: what is tried
 SLACK = 1.1  # of the least error: what more hot channels than needed would save is not worth their time
 HEADROOM = 4.0  # what a product may give beyond the largest that was seen
 _HALVINGS = 12  # scales tried without a shadow: each a root of two smaller than the one before
@@ -20,31 +23,37 @@ _HALVINGS = 12  # scales tried without a shadow: each a root of two smaller than
 @dataclass(frozen=True)
 class Fit:
     """A scale of a product's input, and what comes of it: the squared `error` of the product relative to its output,
-    rounding of the input alone; the channels beyond the clip; the largest value of the device's sums, with headroom.
+    rounding of the input alone; the share of channels `beyond` the clip in a stretch, and those that are so often; the largest value of the device's sums, with headroom.
     """
 
     scale: float
     error: float
+    beyond: float
     hot: tuple[int, ...]
     most: float
 
 
 @dataclass
 class Seen:
-    """What a text shows of one product's input: each channel's largest magnitude, and a sample of rows, in which the
-    rows with the largest values are."""
+    """What a text shows of one product's input: each channel's largest magnitude in every stretch, and a sample of
+    rows, in which the rows with the largest values are."""
 
-    maxima: np.ndarray
+    stretches: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
 
     def add(self, x: np.ndarray, share: int) -> None:
         """Takes note of x fp32 [tokens, inputs], one of `share` texts."""
         size = np.abs(x)
-        self.maxima = np.maximum(self.maxima, size.max(0))
+        self.stretches += [size[at : at + STRETCH].max(0) for at in range(0, len(x), STRETCH)]
         few = max(1, SAMPLE // share)
         spread = np.linspace(0, len(x) - 1, few).astype(int)
         largest = np.argsort(size.max(1), kind="stable")[-max(1, few // 8) :]
         self.rows.append(x[np.union1d(spread, largest)])
+
+    @property
+    def maxima(self) -> np.ndarray:
+        """fp32 [stretches, inputs]"""
+        return np.stack(self.stretches)
 
     @property
     def sample(self) -> np.ndarray:
@@ -72,13 +81,10 @@ def largest(seen: Seen) -> float:
 
 def with_shadow(seen: Seen, weights: np.ndarray, shares: np.ndarray) -> Fit:
     """The scale for a product with the matrix `weights` fp32 [outputs, inputs] where what is clipped is restored. The
-    device multiplies each output by its entry of `shares` at last. Of the scales that leave at most a hundredth of the channels beyond the clip, one with few of them and hardly more error
-    than the best."""
-    order = np.sort(seen.maxima)[::-1]
-    most = max(1, int(len(order) * HOT))
-    counts = sorted({0, *(1 << power for power in range(most.bit_length())), most})
-    scales = [_scale(float(order[min(count, len(order) - 1)])) for count in counts]
-    fits = _fits(seen, weights, shares, scales, lost=False)
+    device multiplies each output by its entry of `shares` at last. Of the scales that leave at most a hundredth of the
+    channels beyond the clip, the one with the fewest whose error is hardly more than the least."""
+    sizes = np.sort(seen.maxima, axis=None)[::-1]
+    fits = _fits(seen, weights, shares, [_scale(float(sizes[int(share * sizes.size)])) for share in SHARES], lost=False)
     best = min(fit.error for fit in fits)
     return next(fit for fit in fits if fit.error <= best * SLACK)
 
@@ -103,10 +109,13 @@ def _fits(seen: Seen, weights: np.ndarray, shares: np.ndarray, scales: list[floa
         if not lost:
             channels = np.flatnonzero(residual.any(0))
             given -= residual[:, channels] @ weights[:, channels].T * step
-        hot = np.flatnonzero(np.rint(seen.maxima / step) > 127)
+        beyond = np.rint(seen.maxima / step) > 127
+        often = beyond.sum(0)
+        hot = np.argsort(-often, kind="stable")[: max(1, int(HOT * len(often)))]
+        hot = np.sort(hot[often[hot] > 1])  # once is no habit
         most = float((np.abs(given) / shares).max()) * HEADROOM
         relative = float(np.square(missed, dtype=np.float64).sum()) / power
-        found.append(Fit(scale, relative, tuple(map(int, hot)), max(most, 1e-6)))
+        found.append(Fit(scale, relative, float(beyond.mean()), tuple(map(int, hot)), max(most, 1e-6)))
     return found
 
 

@@ -180,7 +180,7 @@ def _round(
         with Scratch(weights.source, folder, exact, weights.factors) as scratch:
             for inputs in walk.inputs(one, scratch):
                 for names, x in inputs.items():
-                    seen.setdefault(names, Seen(np.zeros(x.shape[1], np.float32))).add(x, len(rows))
+                    seen.setdefault(names, Seen()).add(x, len(rows))
             if block + 1 < card.blocks:
                 walk.advance(one, scratch)
         for names in seen:

@@ -113,7 +113,8 @@ class Model:
                     shadow, alone = with_shadow(*given), without_shadow(*given)
                     found.append({
                         "names": names, "shadow": shadow.scale, "alone": alone.scale, "largest": largest(seen[names]),
-                        "beyond": shadow.beyond * x.shape[1], "hot": len(shadow.hot), "inputs": x.shape[1], "errors": (shadow.error, alone.error),
+                        "beyond": shadow.beyond * x.shape[1],
+                        "hot": len(shadow.hot), "inputs": x.shape[1], "errors": (shadow.error, alone.error),
                         "importance": alone.error - shadow.error,
                     })  # fmt: skip
         return found
@@ -178,7 +179,9 @@ def measure(checkpoint: Path, tokens: int) -> dict:
         wanted |= {f"shadow {share:.0%}": controls(fits, share) for share in SHARES}
         wanted["no shadow, absmax"] = controls(fits, 0.0, "largest")
         wanted["16 bits, absmax"] = {
-            "scales": sixteen["scales"] / 256, "low": sixteen["low"] * 256, "high": sixteen["high"] * 256
+            "scales": sixteen["scales"] / 256,
+            "low": sixteen["low"] * 256,
+            "high": sixteen["high"] * 256,
         }
         take(factors, False, wanted)
         inputs = sum(fit["inputs"] for fit in fits)

@@ -161,8 +161,7 @@ def cut(recorder: Recorder, shadowed: set[Names]) -> Cut:
 def part(
     recorder: Recorder, one: Part, chunk: int, shadows: Mapping[str, str], widths: Mapping[str, int], emit: Emit
 ) -> bytes:  # fmt: skip
-    """The graph of a part for `chunk` rows; `shadows` has, by values' names, those to be added; `emit` makes products.
-    """
+    """The graph of a part for `chunk` rows; `shadows` has, by values' names, those to be added; `emit` makes products."""
     g, values = GraphBuilder(one.name, recorder.weights), {}
     for value, name in one.takes.items():
         values[value] = g.input(name, "float32", [chunk, widths[name]])

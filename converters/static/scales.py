@@ -23,8 +23,8 @@ _HALVINGS = 12  # scales tried without a shadow: each a root of two smaller than
 @dataclass(frozen=True)
 class Fit:
     """A scale of a product's input, and what comes of it: the squared `error` of the product relative to its output,
-    rounding of the input alone; the share of channels `beyond` the clip in a stretch, and those that are so often; the largest value of the device's sums, with headroom.
-    """
+    rounding of the input alone; the share of channels `beyond` the clip in a stretch, and those that are so often; the
+    largest value of the device's sums, with headroom."""
 
     scale: float
     error: float

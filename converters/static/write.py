@@ -248,4 +248,3 @@ def _product(g: GraphBuilder, one: Product, fit: Fit, x, bias, backend: str):
     y = g.op("DequantizeLinear", g.op("QuantizeLinear", y, step, middle), step, middle)
     y = g.op("Mul", y, g.external(one.shares))
     return y if bias is None else g.op("Add", y, bias)
-

@@ -23,8 +23,20 @@ MAX_NAME = 255
 MAX_GAPS = 64 << 20  # all gaps together: opening a file reads them, so a hostile one must not hold gigabytes
 
 KINDS = frozenset(
-    {"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity", "modes", "codec", "stack", "experts",
-     "static"}
+    {
+        "card",
+        "recipe",
+        "graph",
+        "weights",
+        "tokenizer",
+        "chat_template",
+        "parity",
+        "modes",
+        "codec",
+        "stack",
+        "experts",
+        "static",
+    }
 )
 RESERVED = frozenset({"adapter", "context_binary", "signature"})
 

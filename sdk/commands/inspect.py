@@ -1,5 +1,5 @@
-"""Show what is in a bundle: its card, its recipe, its stack, its static graphs, its sections and how close it is to its source, or, of a
-network of tensors, its name, modes, inputs and outputs. Loads no engine."""
+"""Show what is in a bundle: its card, its recipe, its stack, its static graphs, its sections and how close it is to its
+source, or, of a network of tensors, its name, modes, inputs and outputs. Loads no engine."""
 
 import argparse
 import json
@@ -258,6 +258,9 @@ def recipe_rows(recipe: dict) -> list[tuple[str, str]]:
         rungs = [f"{rung['bits']} bits" for rung in ladder["rungs"]]
         ranks = f"rank {ladder['rank']}" if ladder["rank"] else "a rank of its own for each matrix"
         rows.append(("stacked", ", ".join([*rungs, f"{ladder['blocks']} blocks of {ranks}", f"sort {ladder['sort']}"])))
+    if static := recipe.get("static"):
+        kept = f", {static['shadow']:.0%} of shadows" if static["bits"] == 8 else ""
+        rows.append(("static", f"{static['backend']}, {static['bits']} bits{kept}"))
     rows += [(pattern, format_of(rule)) for pattern, rule in recipe.get("rules", ())]
     return [(key, str(recipe[key])) for key in ("name", "method") if key in recipe] + rows
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shoal import cli
 from shoal.converters.convert import convert
 from shoal.converters.recipe import NAMED, Static, load
 from shoal.converters.static.runner import Runner
@@ -184,6 +185,13 @@ def test_the_bundle_says_what_is_in_it_and_equal_attentions_are_one_section(made
         rows = sum(section.length for section in bundle.sections if section.kind == "weights")
         alone = bundle.section("weights", layout.SECTION).length
         assert alone < 0.6 * rows, "one copy for all chunks, and nothing of embedding and head"
+
+
+def test_inspect_shows_it_in_a_few_lines(made, capsys):
+    assert cli.main(["inspect", str(made("llama", "int8"))]) == 0
+    said = capsys.readouterr().out
+    assert "npu, 8 bits, 100% of shadows" in said and "npu, chunks of 8, 64 tokens" in said
+    assert "12, " in said.partition("shadows ")[2] and "static.8." not in said and "attend.0.int8" in said
 
 
 def test_in_float_the_decode_graphs_matrices_serve_both(made):

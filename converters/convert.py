@@ -150,7 +150,9 @@ def convert(
                     graphs[f"{kind}.int8"] = build(architecture, card, weights, cache_scales=scales)
             if chosen.static is not None:
                 with timed(seconds, "static"):
-                    some = rows[:: -(-len(rows) // STATIC_ROWS)] if chosen.static.bits == 8 else ()
+                    some = (
+                        rows[:: -(-len(rows) // STATIC_ROWS)] if chosen.static.bits == 8 else np.zeros((0, 0), np.int64)
+                    )
                     static.add(writer, architecture, card, weights, chosen.static, some, scales, folder, progress)
             if stacks is not None:
                 with timed(seconds, "sort"), parity.whole(graph, weights, places(), folder) as opened:

@@ -28,6 +28,7 @@ from shoal.runtime.language.tokens import Tokenizer
 
 SHARES = (1.0, 0.5, 0.25, 0.15, 0.05, 0.0)
 FINE, FREE = 1e-6, 1e30  # a scale that rounds nothing away, a limit that clips nothing
+MORE = (0.02, 0.04)  # of channels beyond the clip in a chunk: smaller scales, more work beside the device
 ROWS = 8  # of calibration text, as convert has it
 
 
@@ -52,7 +53,7 @@ class Simulated(GraphBuilder):
                 for name in ("scales", "low", "high")
             ]
 
-    def linear(self, names, x, bias=False, role="linear", after="", norm=None, residual=None):
+    def linear(self, names, x, bias=False, role="linear", after="", norm=None, residual=None, mixes=""):
         names = (names,) if isinstance(names, str) else names
         rows = np.concatenate(list(self.weights.slices(tuple(f"{name}.weight" for name in names))))
         if not self.exact:
@@ -111,7 +112,9 @@ class Model:
                     codes, scales = round_weights(hadamard(rows) if rotate else rows)
                     given = seen[names], codes * scales[:, None], scales / scales.max()
                     shadow, alone = with_shadow(*given), without_shadow(*given)
+                    more = {f"{beyond:.0%}": with_shadow(*given, beyond).scale for beyond in MORE}
                     found.append({
+                        **more,
                         "names": names, "shadow": shadow.scale, "alone": alone.scale, "largest": largest(seen[names]),
                         "beyond": shadow.beyond * x.shape[1],
                         "hot": len(shadow.hot), "inputs": x.shape[1], "errors": (shadow.error, alone.error),
@@ -176,6 +179,10 @@ def measure(checkpoint: Path, tokens: int) -> dict:
         fits = model.fits(factors, False)
         sixteen = controls(fits, 0.0, "largest")
         wanted = {"int8 weights, float inputs": controls(fits, None)}
+        for beyond in [f"{share:.0%}" for share in MORE]:
+            wanted[f"shadow 100%, {beyond} of channels"] = controls(
+                [{**fit, "shadow": fit[beyond]} for fit in fits], 1.0
+            )
         wanted |= {f"shadow {share:.0%}": controls(fits, share) for share in SHARES}
         wanted["no shadow, absmax"] = controls(fits, 0.0, "largest")
         wanted["16 bits, absmax"] = {

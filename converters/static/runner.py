@@ -49,7 +49,7 @@ class Runner:
         return np.concatenate(found)
 
     def stream(self, tokens: np.ndarray, start: int, watch: Watch | None = None) -> np.ndarray:
-        """What one chunk's last block gives, fp32 [n, hidden]: the rest of a short chunk are zeros, and read by nobody."""
+        """What one chunk's last block gives, fp32 [n, hidden]; the rest of a short chunk are zeros."""
         values: dict[str, np.ndarray] = {}
         real = len(tokens)
         for step in self.index.steps:
@@ -89,7 +89,7 @@ class Runner:
         self._close.close()
 
     def _attend(self, step: Attend, values: Mapping[str, np.ndarray], start: int, real: int) -> np.ndarray:
-        qkv = sum(values[name] for name in takes(step))[None, :real]
+        qkv = np.sum([values[name][:real] for name in takes(step)], axis=0)[None]
         keys, stored = self.cache[step.block]
         cos, sin = self._tables[self.card.rope_of[step.block]]
         feeds = {

@@ -13,8 +13,9 @@ import numpy as np
 
 SAMPLE = 192  # rows of a product's input on which errors are measured
 STRETCH = 256  # tokens of a chunk, as far as scales go
-HOT = 0.01  # the most channels beyond the clip in a stretch, as a share, in the mean; and the most that are hot
-SHARES = (0.0, HOT / 8, HOT / 4, HOT / 2, HOT)  # of channels beyond the clip: what is tried
+BEYOND = 0.01  # the most channels beyond the clip in a stretch, as a share, in the mean
+HOT = 0.01  # the most that are hot
+TRIED = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of that share
 SLACK = 1.1  # of the least error: what more hot channels than needed would save is not worth their time
 HEADROOM = 4.0  # what a product may give beyond the largest that was seen
 _HALVINGS = 12  # scales tried without a shadow: each a root of two smaller than the one before
@@ -79,12 +80,14 @@ def largest(seen: Seen) -> float:
     return _scale(float(seen.maxima.max()))
 
 
-def with_shadow(seen: Seen, weights: np.ndarray, shares: np.ndarray) -> Fit:
+def with_shadow(seen: Seen, weights: np.ndarray, shares: np.ndarray, beyond: float = BEYOND) -> Fit:
     """The scale for a product with the matrix `weights` fp32 [outputs, inputs] where what is clipped is restored. The
-    device multiplies each output by its entry of `shares` at last. Of the scales that leave at most a hundredth of the
-    channels beyond the clip, the one with the fewest whose error is hardly more than the least."""
+    device multiplies each output by its entry of `shares` at last. Of the scales that leave at most the share
+    `beyond` of the channels beyond the clip in a stretch, the one with the fewest whose error is hardly more than the
+    least."""
     sizes = np.sort(seen.maxima, axis=None)[::-1]
-    fits = _fits(seen, weights, shares, [_scale(float(sizes[int(share * sizes.size)])) for share in SHARES], lost=False)
+    scales = [_scale(float(sizes[int(part * beyond * sizes.size)])) for part in TRIED]
+    fits = _fits(seen, weights, shares, scales, lost=False)
     best = min(fit.error for fit in fits)
     return next(fit for fit in fits if fit.error <= best * SLACK)
 

@@ -176,7 +176,8 @@ def _round(
     exact = NAMED["fp32"]
     for block in range(card.blocks):
         progress(Event("outliers", block, card.blocks, f"block {block}", "blocks"))
-        one, seen = range(block, block + 1), {}
+        one = range(block, block + 1)
+        seen: dict[Names, Seen] = {}
         with Scratch(weights.source, folder, exact, weights.factors) as scratch:
             for inputs in walk.inputs(one, scratch):
                 for names, x in inputs.items():

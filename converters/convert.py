@@ -135,7 +135,8 @@ def convert(
                     with timed(seconds, "calibrate"):
                         rows = calibration_rows(chosen, card, tokenizer)
                         if chosen.smooth:
-                            weights.factors = smooth(architecture, card, weights, rows, folder, progress)
+                            peaks = chosen.static is not None and chosen.static.bits == 8
+                            weights.factors = smooth(architecture, card, weights, rows, folder, progress, peaks)
                         if chosen.method == "gptq":
                             calibrate(architecture, card, weights, places, rows, folder, progress)
                         if stacks is not None:
@@ -156,7 +157,9 @@ def convert(
                     graphs[f"{kind}.int8"] = build(architecture, card, weights, cache_scales=scales)
             if chosen.static is not None:
                 with timed(seconds, "static"):
-                    some = rows[:: -(-len(rows) // STATIC_ROWS)] if chosen.static.bits == 8 else ()
+                    some = (
+                        rows[:: -(-len(rows) // STATIC_ROWS)] if chosen.static.bits == 8 else np.zeros((0, 0), np.int64)
+                    )
                     static.add(writer, architecture, card, weights, chosen.static, some, scales, folder, progress)
             if compiler is not None:
                 with timed(seconds, "compile"):

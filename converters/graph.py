@@ -51,6 +51,7 @@ class GraphBuilder:
         self._counts: dict[str, int] = {}
         self.tapped: dict[tuple[str, ...], str] = {}
         self.producers: dict[tuple[str, ...], str] = {}
+        self.mixed: dict[tuple[str, ...], str] = {}
         self.kept: dict[str, str] = {}
 
     def scope(self, name: str) -> None:
@@ -136,19 +137,22 @@ class GraphBuilder:
 
     def linear(
         self, names: str | tuple[str, ...], x: ir.Value, bias: bool = False, role: str = "linear", after: str = "",
-        norm: Norm | None = None, residual: ir.Value | None = None,
+        norm: Norm | None = None, residual: ir.Value | None = None, mixes: str = "",
     ) -> ir.Value:  # fmt: skip
         """x [.., inputs] times the transposed matrices `names` [outputs, inputs] stacked by rows: [.., sum of outputs].
 
         Tensor names are without `.weight`; with `bias` their `.bias` vectors are stacked and added, and so is
         `residual`. `norm` is applied to x first. `after` names a norm, or a matrix without bias, whose rows each make
-        one channel of x in proportion, so that a factor may move between that row and these columns.
+        one channel of x in proportion, so that a factor may move between that row and these columns. `mixes` names V,
+        each of whose rows makes that channel of all heads that share it.
         """
         names = (names,) if isinstance(names, str) else names
         matrix = self.weights.matrix(tuple(f"{name}.weight" for name in names), role)
         offset = self.external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
         if role not in _UNTAPPED:
             x, norm = self._tap(names, x, norm, after, matrix)
+        if mixes:
+            self.mixed[names] = mixes
         return self._product(matrix, x, norm, offset, residual)
 
     def gated(

@@ -69,7 +69,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Factors:
-    """What channels are multiplied by on the way, by tensor name: `rows` [outputs] of a matrix or entries of a norm,
+    """What channels are multiplied by on the way, by tensor name: `rows` [outputs] of a matrix or entries of a norm or bias,
     `columns` [inputs] of a matrix."""
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -133,7 +133,8 @@ class Weights:
 
     def stacked(self, names: tuple[str, ...]) -> Stored:
         """Vectors in fp32, one behind the other."""
-        return self._keep(names, lambda: np.concatenate([self.read(name) for name in names]))
+        rows = self.factors.rows
+        return self._keep(names, lambda: np.concatenate([self.read(name) * rows.get(name, 1) for name in names]))
 
     def matrix(self, names: tuple[str, ...], role: str = "linear", gated: bool = False) -> Matrix:
         """The matrices `names` [outputs, inputs] stacked by rows, in the recipe's format for the first name. With

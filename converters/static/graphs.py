@@ -75,7 +75,7 @@ class Recorder(GraphBuilder):
 
     def linear(
         self, names: str | Names, x: ir.Value, bias: bool = False, role: str = "linear", after: str = "",
-        norm: Norm | None = None, residual: ir.Value | None = None,
+        norm: Norm | None = None, residual: ir.Value | None = None, mixes: str = "",
     ) -> ir.Value:  # fmt: skip
         names = (names,) if isinstance(names, str) else names
         offset = self.external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
@@ -102,9 +102,10 @@ class Recorder(GraphBuilder):
         own = None if norm is None else Norm(g.initializer(norm.weight), norm.epsilon)
         rows = g.input("x", "float32", [ANY, self.card.hidden])
         g.output(g.head(name, rows, own), "logits", "float32", [ANY, self.card.vocab])
-        while x.producer().op_type in ("Gather", "Reshape"):  # of chosen rows: here they are chosen outside
-            self._nodes.remove(x.producer())
-            x = x.producer().inputs[0]
+        # Rows are chosen outside
+        while (node := x.producer()) is not None and node.op_type in ("Gather", "Reshape") and node.inputs[0]:
+            self._nodes.remove(node)
+            x = node.inputs[0]
         self.stream = x
         return x
 
@@ -120,21 +121,21 @@ def cut(recorder: Recorder, shadowed: set[Names]) -> Cut:
         nonlocal count
         if not waiting:
             return
-        nodes, inside = tuple(waiting), {value for node in waiting for value in node.outputs}
+        nodes = tuple(waiting)
         waiting.clear()
         block, last = _block(nodes[0]), _block(nodes[-1])
         count = count + 1 if found.steps and _block_of(found.steps[-1]) == block else 0
-        takes = {value: names.of[value] for node in nodes for value in node.inputs if value in names.of}
-        outside = [value for value in inside if names.readers(value) - set(nodes) or value is recorder.stream]
+        takes = {value: names.of[value] for node in nodes for value in node.inputs if value and value in names.of}
         parts = [_part(recorder.products[node]) for node in nodes if node in recorder.products]
         label = "-".join([f"{block}.{count}", *parts])
         names.done(nodes)
-        gives = {}
-        for value in sorted(outside, key=lambda value: nodes.index(value.producer())):
-            made_by = value.producer()
-            known = recorder.products.get(made_by)
-            wanted = _part(known) if known else str(made_by.name).partition("/")[2]
-            gives[value] = names.give(value, wanted, set(takes.values()))
+        gives: dict[ir.Value, str] = {}
+        for node in nodes:
+            known = recorder.products.get(node)
+            wanted = _part(known) if known else str(node.name).partition("/")[2]
+            for value in node.outputs:
+                if names.readers(value) or value is recorder.stream:
+                    gives[value] = names.give(value, wanted, {*takes.values(), *gives.values()})
         found.steps.append(Part(label, block, last, nodes, takes, gives))
 
     for node in recorder.nodes:
@@ -145,6 +146,7 @@ def cut(recorder: Recorder, shadowed: set[Names]) -> Cut:
             flush()
         if node.op_type == _ATTENTION:
             qkv, y = node.inputs[0], node.outputs[0]
+            assert qkv is not None
             taken = names.of[qkv]
             names.done((node,))
             found.steps.append(Attention(node, _block(node), taken, names.give(y, "attended", {taken})))
@@ -153,6 +155,7 @@ def cut(recorder: Recorder, shadowed: set[Names]) -> Cut:
             if alone:
                 flush()
     flush()
+    assert recorder.stream is not None
     found.stream = names.of[recorder.stream]
     found.widths = names.widths
     return found
@@ -161,8 +164,7 @@ def cut(recorder: Recorder, shadowed: set[Names]) -> Cut:
 def part(
     recorder: Recorder, one: Part, chunk: int, shadows: Mapping[str, str], widths: Mapping[str, int], emit: Emit
 ) -> bytes:  # fmt: skip
-    """The graph of a part for `chunk` rows; `shadows` has, by values' names, those to be added; `emit` makes products.
-    """
+    """The graph of a part for `chunk` rows; `shadows` has values to be added, by names; `emit` makes products."""
     g, values = GraphBuilder(one.name, recorder.weights), {}
     for value, name in one.takes.items():
         values[value] = g.input(name, "float32", [chunk, widths[name]])
@@ -174,10 +176,9 @@ def part(
         if node not in recorder.products:
             g.again(node, values)
             continue
-        names = recorder.products[node]
+        names, (x, *bias) = recorder.products[node], filter(None, node.inputs)
         g.scope(f"{_block(node)}/{_part(names)}")
-        bias = g.initializer(node.inputs[1]) if len(node.inputs) > 1 else None
-        values[node.outputs[0]] = emit(g, names, values[node.inputs[0]], bias)
+        values[node.outputs[0]] = emit(g, names, values[x], g.initializer(bias[0]) if bias else None)
     for value, name in one.gives.items():
         g.output(values[value], name, "float32", [chunk, widths[name]])
     return g.serialize()

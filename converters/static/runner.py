@@ -29,7 +29,7 @@ class Runner:
         self._opened: dict[str, Session] = {}
         self._close = ExitStack()
         self._bundle, self._suffix = bundle, _CACHES[cache]
-        self._places = {
+        self.places = {
             section.name: Place(str(bundle.path), section.offset, section.length)
             for section in bundle.sections if section.kind == "weights"
         }  # fmt: skip
@@ -49,8 +49,7 @@ class Runner:
         return np.concatenate(found)
 
     def stream(self, tokens: np.ndarray, start: int, watch: Watch | None = None) -> np.ndarray:
-        """What one chunk's last block gives, fp32 [n, hidden]: the rest of a short chunk are zeros, and read by nobody.
-        """
+        """What one chunk's last block gives, fp32 [n, hidden]; the rest of a short chunk are zeros."""
         values: dict[str, np.ndarray] = {}
         real = len(tokens)
         for step in self.index.steps:
@@ -83,14 +82,14 @@ class Runner:
         section = self._graphs[name]
         if section not in self._opened:
             data = self._bundle.bytes(self._bundle.section("graph", section))
-            self._opened[section] = self._close.enter_context(open_graph(data, self._places, repack=False))
+            self._opened[section] = self._close.enter_context(open_graph(data, self.places, repack=False))
         return self._opened[section]
 
     def close(self) -> None:
         self._close.close()
 
     def _attend(self, step: Attend, values: Mapping[str, np.ndarray], start: int, real: int) -> np.ndarray:
-        qkv = sum(values[name] for name in takes(step))[None, :real]
+        qkv = np.sum([values[name][:real] for name in takes(step)], axis=0)[None]
         keys, stored = self.cache[step.block]
         cos, sin = self._tables[self.card.rope_of[step.block]]
         feeds = {

@@ -68,10 +68,10 @@ def refuse(card: Card, recipe: Recipe) -> None:
 def add(
     writer: Writer, architecture: ModuleType, card: Card, weights: Weights, chosen: Static, rows: np.ndarray,
     cache_scales: np.ndarray, folder: Path, progress: Progress = silent,
-) -> layout.Static:  # fmt: skip
-    """Adds all of it. `weights` hold the decode graph's; `rows` int64 [rows, length] are calibration text;
-    `cache_scales` an int8 cache's. Scratch files lie in `folder`, one at a time. Raises ConvertError for a model of too
-    many blocks."""
+) -> dict[str, bytes]:  # fmt: skip
+    """Adds all of it, and returns the device's graphs by their names. `weights` hold the decode graph's; `rows` int64
+    [rows, length] are calibration text; `cache_scales` an int8 cache's. Scratch files lie in `folder`, one at a time.
+    Raises ConvertError for a model of too many blocks."""
     recorder = Recorder(card, weights)
     architecture.build(recorder, card, card.span)
     products: dict[Names, Product] = {}
@@ -101,11 +101,13 @@ def add(
     steps = _steps(recorder, found, products, shadowed)
     shadows = {step.gives.removesuffix(_SHADOW): step.gives for step in steps if isinstance(step, Shadow)}
     parts = [step for step in found.steps if isinstance(step, Part)]
+    made: dict[str, bytes] = {}
     for at, one in enumerate(parts):
         progress(Event("static", at, len(parts), one.name, "graphs"))
         for chunk in chosen.chunks:
             name = layout.graph_name(one.name, chunk)
-            writer.add("graph", name, part(recorder, one, chunk, shadows, found.widths, emit))
+            made[name] = part(recorder, one, chunk, shadows, found.widths, emit)
+            writer.add("graph", name, made[name])
             writer.graph(Graph(name, layout.STATIC, chosen.backend, chunk, one.block, one.last + 1, name))
     progress(Event("static", len(parts), len(parts), "", "graphs"))
     _attentions(writer, recorder, found, cache_scales)
@@ -116,7 +118,7 @@ def add(
     widths = found.widths | {step.gives: step.outputs for step in steps if isinstance(step, Shadow)}
     index = layout.Static(chosen.backend, chosen.chunks, widths, tuple(steps), found.stream, "head")
     writer.add(layout.KIND, "index", index.to_json())
-    return index
+    return made
 
 
 _SHADOW = ".shadow"
@@ -174,11 +176,12 @@ def _round(
     exact = NAMED["fp32"]
     for block in range(card.blocks):
         progress(Event("outliers", block, card.blocks, f"block {block}", "blocks"))
-        one, seen = range(block, block + 1), {}
+        one = range(block, block + 1)
+        seen: dict[Names, Seen] = {}
         with Scratch(weights.source, folder, exact, weights.factors) as scratch:
             for inputs in walk.inputs(one, scratch):
                 for names, x in inputs.items():
-                    seen.setdefault(names, Seen(np.zeros(x.shape[1], np.float32))).add(x, len(rows))
+                    seen.setdefault(names, Seen()).add(x, len(rows))
             if block + 1 < card.blocks:
                 walk.advance(one, scratch)
         for names in seen:
@@ -246,4 +249,3 @@ def _product(g: GraphBuilder, one: Product, fit: Fit, x, bias, backend: str):
     y = g.op("DequantizeLinear", g.op("QuantizeLinear", y, step, middle), step, middle)
     y = g.op("Mul", y, g.external(one.shares))
     return y if bias is None else g.op("Add", y, bias)
-

@@ -74,33 +74,47 @@ def _spread(recipe: Recipe, card: Card, tokenizer: Tokenizer) -> tuple[list[int]
 
 def smooth(
     architecture: ModuleType, card: Card, weights: Weights, tokens: np.ndarray, folder: Path,
-    progress: Progress = silent,
+    progress: Progress = silent, peaks: bool = False,
 ) -> Factors:  # fmt: skip
     """Factors that change nothing but what rounding costs (SmoothQuant, Xiao et al. 2023): each channel of a product's
     input is divided by the root of its RMS over `tokens`, int64 [rows, length], in the norm or matrix that makes it,
-    and the product's columns are multiplied by as much. Scratch files are in `folder`, one at a time. What is behind
-    a part is left out."""
+    and the product's columns are multiplied by as much. With `peaks` it is the root of the largest magnitude, which
+    decides where one scale serves a whole tensor, and what attentions give is evened out as well, in V. Scratch files
+    are in `folder`, one at a time. What is behind a part is left out."""
     walk, factors = Walk(architecture, card, tokens[:: -(-len(tokens) // _ROWS)]), Factors()
     for block in range(card.span.stop):
         progress(Event("smooth", block, card.span.stop, f"block {block}", "blocks"))
         one = range(block, block + 1)
         with Scratch(weights.source, folder, _exact(weights)) as scratch:
-            producers = walk.graph(one, scratch.weights).producers
+            graph = walk.graph(one, scratch.weights)
+            producers = graph.producers
             if not producers:
                 return factors
-            squares: dict[Names, np.ndarray] = {}
+            sizes: dict[Names, np.ndarray] = {}
             for inputs in walk.inputs(one, scratch):
-                for names in producers:
-                    squares[names] = squares.get(names, 0) + np.square(inputs[names]).sum(0)
+                for names in (*producers, *(graph.mixed if peaks else ())):
+                    squares, before = np.square(inputs[names]), sizes.get(names, np.float32(0))
+                    sizes[names] = np.maximum(before, squares.max(0)) if peaks else before + squares.sum(0)
             walk.advance(one, scratch)
         for names, producer in producers.items():
-            rms = np.sqrt(squares[names])
-            # A channel that hardly fires may when others speak: it counts as a hundredth of the mean
-            factor = np.sqrt(np.maximum(rms / rms.mean(), 0.01)) if rms.any() else np.ones_like(rms)
+            factor = _factor(sizes[names])
             factors.rows[producer] = 1 / factor
             factors.columns.update({f"{name}.weight": factor for name in names})
+        for names, v in graph.mixed.items() if peaks else ():
+            # Heads that share a V share its factors
+            factor = _factor(sizes[names].reshape(card.kv_heads, -1, card.head_dim).max(1))
+            factors.rows[f"{v}.weight"] = factors.rows[f"{v}.bias"] = 1 / factor.ravel()
+            columns = np.repeat(factor[:, None], card.heads // card.kv_heads, 1).ravel()
+            factors.columns.update({f"{name}.weight": columns for name in names})
     progress(Event("smooth", card.span.stop, card.span.stop, "", "blocks"))
     return factors
+
+
+def _factor(squares: np.ndarray) -> np.ndarray:
+    """Of channels by the squares of their sizes. One that hardly fires may when others speak: it counts as a hundredth
+    of the mean."""
+    sizes = np.sqrt(squares)
+    return np.sqrt(np.maximum(sizes / sizes.mean(), 0.01)) if sizes.any() else np.ones_like(sizes)
 
 
 def calibrate(

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from shoal.runtime.events import Event, Progress, silent
 from shoal.runtime.language.tokens import Tokenizer
 from shoal.runtime.measure import PeakAnonymous
 
-from . import architectures, auto, parity, parts
+from . import architectures, auto, contexts, parity, parts
 from . import recipe as recipes
 from .bitstack.measure import Meter
 from .bitstack.sort import drop_rivals, orders
@@ -40,10 +40,12 @@ from .graph import GraphBuilder
 from .recipe import Recipe
 from .report import Parity, Report, parity_to_json
 from .sources import open_source
+from .static import write as static
 from .text import CALIBRATION, HELDOUT
 from .walk import Scratch, stream
 from .weights import Weights
 
+STATIC_ROWS = 8  # of calibration text that say how large activations get
 PIECES, SHORT, LONG = 4, 128, 4  # proxy orders of a stack, tokens of each; calibration rows for the others
 JUDGED = 8  # rows that say which proxy order is best
 CURVE_TOKENS, CURVE_POINTS = 1024, 9
@@ -52,21 +54,22 @@ CURVE_TOKENS, CURVE_POINTS = 1024, 9
 def convert(
     source: str | Path, out: str | Path, recipe: str | Path | Recipe = "int4", *, overwrite: bool = False,
     check_parity: bool = True, calibration_text: str | Path | None = None, blocks: str | range | None = None,
-    memory: int | None = None, progress: Progress = silent,
+    memory: int | None = None, npu: Iterable[str] = (), progress: Progress = silent,
 ) -> Report:  # fmt: skip
     """Converts the checkpoint `source` (GGUF file or Hugging Face folder) to the bundle `out`.
 
     The recipe "auto" is whichever predicts held-out text best within `memory` bytes (see auto.py).
     `blocks` (a range, or "8:30") makes a part of a language model: those blocks, with the embedding before the first
-    and the head after the last, bit for bit as the whole bundle has them. With `check_parity` the bundle is compared
-    with its source in fp32 and the figures are stored in it. Raises SourceError, ConvertError, UsageError,
-    StorageError; `out` then is as it was.
+    and the head after the last, bit for bit as the whole bundle has them. For the processors in `npu` (qnn:sm8650) the
+    static graphs are compiled ahead, which needs onnxruntime-qnn. With `check_parity` the bundle is compared with its
+    source in fp32 and the figures are stored in it. Raises SourceError, ConvertError, UsageError, StorageError,
+    MissingPackageError, BackendError; `out` then is as it was.
     """
     if recipe == "auto":
-        if blocks is not None or calibration_text is not None:
+        if blocks is not None or calibration_text is not None or tuple(npu):
             raise UsageError(
-                "The recipe 'auto' takes neither blocks nor a calibration text.", "It tries several recipes.",
-                "Name one of them.",
+                "The recipe 'auto' takes neither blocks nor a calibration text nor an npu.",
+                "It tries several recipes.", "Name one of them.",
             )  # fmt: skip
         return auto.best(
             source, out, memory, convert, overwrite=overwrite, check_parity=check_parity, progress=progress
@@ -75,7 +78,7 @@ def convert(
         raise UsageError("A memory was given.", "Only the recipe 'auto' asks for one.", "Leave it out, or name auto.")
     chosen = recipes.load(recipe)
     if calibration_text is not None:
-        if not chosen.calibrated:
+        if not chosen.reads_text:
             raise UsageError(
                 f"The recipe {chosen.name!r} takes no calibration text.", "It rounds to nearest.",
                 "Leave the text out, or name a recipe with method = \"gptq\" or smooth = true.",
@@ -83,6 +86,12 @@ def convert(
         chosen = dataclasses.replace(
             chosen, calibration=dataclasses.replace(chosen.calibration, text=str(calibration_text))
         )
+    compiler, socs = contexts.compiler(npu)
+    if socs and (chosen.static is None or chosen.static.backend != "npu"):
+        raise UsageError(
+            f"Nothing of the recipe {chosen.name!r} can be compiled for an npu.", "It makes no static graphs for one.",
+            "Name the recipe npu, or leave --npu out.",
+        )  # fmt: skip
     seconds: dict[str, float] = {}
     with (
         open_source(source) as checkpoint, PeakAnonymous() as peak, create(out, overwrite=overwrite) as writer,
@@ -98,6 +107,8 @@ def convert(
         named = dataclasses.replace(chosen, calibration=calibration)
         if blocks is not None:
             card = parts.part(card, parts.parse(blocks), named, checkpoint)
+        if chosen.static is not None:
+            static.refuse(card, chosen)
         experts = records.stored(chosen, card, architecture)
         stacks = _stacks(Path(source), Path(out), chosen, named, card, undo) if chosen.ladder is not None else None
         compared: Parity | None = None
@@ -120,11 +131,12 @@ def convert(
                 if experts is not None:
                     weights.records = kept
                     weights.elsewhere(chain.from_iterable(all_experts(card, experts)))
-                if chosen.calibrated:
+                if chosen.reads_text:
                     with timed(seconds, "calibrate"):
                         rows = calibration_rows(chosen, card, tokenizer)
                         if chosen.smooth:
-                            weights.factors = smooth(architecture, card, weights, rows, folder, progress)
+                            peaks = chosen.static is not None and chosen.static.bits == 8
+                            weights.factors = smooth(architecture, card, weights, rows, folder, progress, peaks)
                         if chosen.method == "gptq":
                             calibrate(architecture, card, weights, places, rows, folder, progress)
                         if stacks is not None:
@@ -143,6 +155,15 @@ def convert(
                         scales = cache_scales(opened, card, x, weights.handles)
                     graphs[f"{kind}.fp16"] = build(architecture, card, weights, cache="float16")
                     graphs[f"{kind}.int8"] = build(architecture, card, weights, cache_scales=scales)
+            if chosen.static is not None:
+                with timed(seconds, "static"):
+                    some = (
+                        rows[:: -(-len(rows) // STATIC_ROWS)] if chosen.static.bits == 8 else np.zeros((0, 0), np.int64)
+                    )
+                    static.add(writer, architecture, card, weights, chosen.static, some, scales, folder, progress)
+            if compiler is not None:
+                with timed(seconds, "compile"):
+                    contexts.add(writer, compiler, socs, folder, progress)
             if stacks is not None:
                 with timed(seconds, "sort"), parity.whole(graph, weights, places(), folder) as opened:
                     index = _sorted(opened, card, stacks, chosen, tokenizer, rows, check_parity, progress)

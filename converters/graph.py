@@ -18,7 +18,6 @@ from .weights import Matrix, Stored, Weights
 
 MICROSOFT = "com.microsoft"
 OPSET = {"": 21, "com.microsoft": 1, KERNELS: 1}
-_SECTION = "weights"
 _TYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32,
           "uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}  # fmt: skip
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}  # as the kernels number them
@@ -52,6 +51,7 @@ class GraphBuilder:
         self._counts: dict[str, int] = {}
         self.tapped: dict[tuple[str, ...], str] = {}
         self.producers: dict[tuple[str, ...], str] = {}
+        self.mixed: dict[tuple[str, ...], str] = {}
         self.kept: dict[str, str] = {}
 
     def scope(self, name: str) -> None:
@@ -100,6 +100,25 @@ class GraphBuilder:
         self._nodes.append(node)
         return node.outputs[0] if count == 1 else list(node.outputs)
 
+    def again(self, node: ir.Node, values: dict[ir.Value, ir.Value]) -> None:
+        """Adds what another graph over the same weights has as `node`, its inputs as `values` have them: other graph's
+        value -> this one's. Its outputs are added to these."""
+        given = []
+        for value in node.inputs:
+            if value is not None and value not in values:
+                values[value] = self.initializer(value)
+            given.append(None if value is None else values[value])
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        self.scope(str(node.name).rpartition("/")[0])
+        made = self.op(node.op_type, *given, count=len(node.outputs), domain=node.domain, **attributes)
+        values.update(zip(node.outputs, made if len(node.outputs) > 1 else [made], strict=True))
+
+    def initializer(self, value: ir.Value) -> ir.Value:
+        """What another graph has as an initializer."""
+        if value.name not in self._initializers:
+            self._add(value.const_value)
+        return self._initializers[str(value.name)]
+
     def constant(self, array, dtype=np.int64) -> ir.Value:
         """An inline constant of at most a few KiB; equal small ones are one initializer."""
         array = np.asarray(array, dtype)
@@ -114,23 +133,26 @@ class GraphBuilder:
 
     def plain(self, name: str, transform=None) -> ir.Value:
         """A vector of the checkpoint (norm, bias) in fp32; `transform` (array -> array) as the model defines it."""
-        return self._external(self.weights.plain(name, transform))
+        return self.external(self.weights.plain(name, transform))
 
     def linear(
         self, names: str | tuple[str, ...], x: ir.Value, bias: bool = False, role: str = "linear", after: str = "",
-        norm: Norm | None = None, residual: ir.Value | None = None,
+        norm: Norm | None = None, residual: ir.Value | None = None, mixes: str = "",
     ) -> ir.Value:  # fmt: skip
         """x [.., inputs] times the transposed matrices `names` [outputs, inputs] stacked by rows: [.., sum of outputs].
 
         Tensor names are without `.weight`; with `bias` their `.bias` vectors are stacked and added, and so is
         `residual`. `norm` is applied to x first. `after` names a norm, or a matrix without bias, whose rows each make
-        one channel of x in proportion, so that a factor may move between that row and these columns.
+        one channel of x in proportion, so that a factor may move between that row and these columns. `mixes` names V,
+        each of whose rows makes that channel of all heads that share it.
         """
         names = (names,) if isinstance(names, str) else names
         matrix = self.weights.matrix(tuple(f"{name}.weight" for name in names), role)
-        offset = self._external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
+        offset = self.external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
         if role not in _UNTAPPED:
             x, norm = self._tap(names, x, norm, after, matrix)
+        if mixes:
+            self.mixed[names] = mixes
         return self._product(matrix, x, norm, offset, residual)
 
     def gated(
@@ -142,7 +164,11 @@ class GraphBuilder:
             x, norm = self._tap(names, x, norm, after, matrix)
         if matrix.gated:
             return self._product(matrix, x, norm, activation=ACTIVATIONS[activation])
-        gate, up = self.op("Split", self._product(matrix, x, norm), count=2, axis=-1, num_outputs=2)
+        return self.gate(self._product(matrix, x, norm), activation)
+
+    def gate(self, y: ir.Value, activation: str) -> ir.Value:
+        """activation(the first half of y's channels) times the second."""
+        gate, up = self.op("Split", y, count=2, axis=-1, num_outputs=2)
         if activation == "silu":
             gate = self.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x) in one operator
         elif activation == "relu":
@@ -163,10 +189,10 @@ class GraphBuilder:
         assert table.values is not None  # no table is stacked
         if table.layout is not None:
             return self.op(
-                "QuantizedRows", tokens, self._external(table.values), domain=KERNELS, factor=float(scale),
+                "QuantizedRows", tokens, self.external(table.values), domain=KERNELS, factor=float(scale),
                 **vars(table.layout),
             )  # fmt: skip
-        rows = self.op("Gather", self._external(table.values), tokens, axis=0)
+        rows = self.op("Gather", self.external(table.values), tokens, axis=0)
         return rows if scale == 1.0 else self.op("Mul", rows, self.constant(scale, "float32"))
 
     def rms(self, x: ir.Value, norm: Norm) -> ir.Value:
@@ -206,7 +232,7 @@ class GraphBuilder:
                 rotated=int(matrix.inputs % BLOCK == 0),
             )  # fmt: skip
         assert matrix.values is not None
-        values = self._external(matrix.values)
+        values = self.external(matrix.values)
         if matrix.layout is not None:
             return self.op(
                 "QuantizedLinear", x, values, norm.weight if norm else None, bias, residual, domain=KERNELS,
@@ -217,10 +243,11 @@ class GraphBuilder:
             y = y if term is None else self.op("Add", y, term)
         return y
 
-    def _external(self, stored: Stored) -> ir.Value:
+    def external(self, stored: Stored) -> ir.Value:
+        """An initializer whose bytes are in a section."""
         if stored.name not in self._initializers:
             self._add(ir.ExternalTensor(
-                _SECTION, stored.offset, stored.length, _TYPES[stored.dtype],
+                stored.section, stored.offset, stored.length, _TYPES[stored.dtype],
                 shape=ir.Shape(stored.shape), name=stored.name, base_dir="",
             ))  # fmt: skip
         return self._initializers[stored.name]

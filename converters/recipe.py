@@ -129,6 +129,31 @@ class Ladder:
 
 
 @dataclass(frozen=True)
+class Static:
+    """Prefill in chunks of fixed lengths by graphs for another processor, in `bits` 8 (weights and activations, with
+    static scales) or 32. `shadow` is the share of the products, by what it costs to leave one out, whose outliers the
+    CPU multiplies beside the device."""
+
+    backend: str = "npu"
+    bits: int = 8
+    chunks: tuple[int, ...] = (32, 128, 256)
+    shadow: float = 1.0
+
+    def __post_init__(self):
+        if self.backend not in ("npu", "gpu", "cpu"):
+            raise _refuse(f"static.backend is {self.backend!r:.40}", "npu, gpu or cpu")
+        if self.bits not in (8, 32):
+            raise _refuse(f"static.bits is {self.bits!r}", "8 or 32")
+        chunks = self.chunks
+        if not 0 < len(chunks) <= 8 or not all(type(chunk) is int and 1 <= chunk <= 4096 for chunk in chunks):
+            raise _refuse(f"static.chunks are {chunks!r:.60}", "1 to 8 lengths of 1 to 4096 tokens")
+        if list(chunks) != sorted(set(chunks)):
+            raise _refuse(f"static.chunks are {chunks!r:.60}", "rising")
+        if type(self.shadow) not in (int, float) or not 0 <= self.shadow <= 1:
+            raise _refuse(f"static.shadow is {self.shadow!r:.40}", "a share from 0 to 1")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """`linear` is the format of the blocks' matrices, `embedding` and `head` have their own (one matrix that is both is
     in the head's, since every step reads it whole); the first of `rules` whose pattern matches a tensor's name outranks
@@ -137,7 +162,8 @@ class Recipe:
     `smooth` first moves what makes channels unequal out of the activations into the weights (Xiao et al. 2023), by
     calibration text too. A mixture's `experts` are in the format of `linear` where they have none of their own, and
     with `low` in that one as well, for a device that is short of time or memory. `gathered` experts, of ReLU gates, lie
-    so that the channels which these shut are not read. Routers are never rounded."""
+    so that the channels which these shut are not read. Routers are never rounded. `static` adds prefill in fixed
+    chunks."""
 
     name: str = "fp32"
     version: int = 1
@@ -152,8 +178,11 @@ class Recipe:
     gathered: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     ladder: Ladder | None = None
+    static: Static | None = None
 
     def __post_init__(self):
+        if self.static is not None and self.ladder is not None:
+            raise _refuse("static is given beside a ladder", "given without one: its matrices change as memory does")
         if (self.method == "bitstack") != (self.ladder is not None) or (self.ladder and self.smooth):
             raise _refuse("method and ladder do not go together", "method bitstack with a ladder and without smooth")
         if self.version != 1:
@@ -166,7 +195,13 @@ class Recipe:
 
     @property
     def calibrated(self) -> bool:
+        """Whether its rounding of the weights takes calibration text."""
         return self.smooth or self.method != "rtn"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything of it takes calibration text."""
+        return self.calibrated or (self.static is not None and self.static.bits == 8)
 
     def stacks(self, tensor: str, role: str) -> bool:
         """Whether this tensor is stacked."""
@@ -194,6 +229,7 @@ _INT8, _INT4, _TABLE = Format(8, 128), Format(4), Format(8)
 NAMED = {
     "fp32": Recipe(),
     "int8": Recipe("int8", linear=_INT8, embedding=_INT8, head=_INT8, smooth=True),
+    "npu": Recipe("npu", linear=_INT8, embedding=_INT8, head=_INT8, smooth=True, static=Static()),
     "int4": Recipe("int4", linear=_INT4, embedding=_TABLE, head=_INT4, smooth=True),
     "int4-gptq": Recipe("int4-gptq", linear=_INT4, embedding=_TABLE, head=_INT4, method="gptq"),
     "int3-gptq": Recipe("int3-gptq", linear=Format(3), embedding=_TABLE, head=_INT4, method="gptq"),
@@ -240,6 +276,11 @@ def _recipe(raw: dict) -> Recipe:
             raw[key] = _table(Format, raw[key], key)
     if "calibration" in raw:
         raw["calibration"] = _table(Calibration, raw["calibration"], "calibration")
+    if "static" in raw:
+        static = raw["static"]
+        if isinstance(static, dict) and isinstance(static.get("chunks"), list):
+            static = {**static, "chunks": tuple(static["chunks"])}
+        raw["static"] = _table(Static, static, "static")
     if "ladder" in raw:
         raw["ladder"] = _ladder(raw["ladder"])
     rules = raw.pop("rules", {})

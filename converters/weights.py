@@ -41,13 +41,14 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in the section: `offset` and `length` in bytes from the section's start."""
+    """A tensor in the section of that name: `offset` and `length` in bytes from the section's start."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     length: int
+    section: str = "weights"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Factors:
-    """What channels are multiplied by on the way, by tensor name: `rows` [outputs] of a matrix or entries of a norm,
+    """What channels are multiplied by on the way, by tensor name: `rows` [outputs] of a matrix or entries of a norm or bias,
     `columns` [inputs] of a matrix."""
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -132,7 +133,8 @@ class Weights:
 
     def stacked(self, names: tuple[str, ...]) -> Stored:
         """Vectors in fp32, one behind the other."""
-        return self._keep(names, lambda: np.concatenate([self.read(name) for name in names]))
+        rows = self.factors.rows
+        return self._keep(names, lambda: np.concatenate([self.read(name) * rows.get(name, 1) for name in names]))
 
     def matrix(self, names: tuple[str, ...], role: str = "linear", gated: bool = False) -> Matrix:
         """The matrices `names` [outputs, inputs] stacked by rows, in the recipe's format for the first name. With
@@ -151,7 +153,7 @@ class Weights:
             return self._stack(self.stacks, names, format, label, gated)
         start = self._align()
         if format.bits == 32:
-            for rows in self._slices(names):
+            for rows in self.slices(names):
                 self.sink.write(np.ascontiguousarray(rows, np.float32))
             return Matrix(
                 format, outputs, inputs, Stored(label, "float32", (outputs, inputs), start, self.sink.tell() - start)
@@ -170,21 +172,22 @@ class Weights:
         rounding = gptq.Rounding(hessian, format) if hessian is not None else None
 
         def one(names: tuple[str, ...]) -> Iterator[Codes]:
-            for rows in self._slices(names):
+            for rows in self.slices(names):
                 yield rounding.quantize(rows) if rounding else rtn.quantize(rows, format)
 
         return _whole_panels(map(_alternating, one(names[:1]), one(names[1:])) if gated else one(names))
 
     def _stack(self, stacks: Stacks, names: tuple[str, ...], format: Format, label: str, gated: bool) -> Matrix:
         def rows() -> np.ndarray:
-            whole = np.concatenate(list(self._slices(names)))
+            whole = np.concatenate(list(self.slices(names)))
             return whole[gated_order(len(whole) // 2)] if gated else whole
 
         at = stacks.add(label, rows, [level.pop(names) for level in self.levels if names in level])
         one = stacks.matrices[at]
         return Matrix(format, one.outputs, one.inputs, None, gated=gated, stacked=at, rank=stacks.rank(at))
 
-    def _slices(self, names: tuple[str, ...]) -> Iterator[np.ndarray]:
+    def slices(self, names: tuple[str, ...]) -> Iterator[np.ndarray]:
+        """The rows of matrices, fp32 with their factors, a part at a time."""
         for name in names:
             rows, columns = self.shapes[name]
             step = max(PANEL, SLICE_BYTES // (4 * columns) // PANEL * PANEL)

@@ -42,7 +42,8 @@ class Sizes:
     what is read or held while the model is prepared and opened, before there is a cache or an activation. `graph`
     is fused (our own operators, which keep least between two of them), lowered (the same in the engine's) or plain. Of
     a `stack` there are the bytes of its first 0, 1, 2, .. entries, and the model needs `floor` of these to run; where
-    `pool` is experts, these are slots for so many of them."""
+    `pool` is experts, these are slots for so many of them. `more` are rows that nothing chosen here changes,
+    `arena` what graphs beside the model's own keep between two operators."""
 
     weights: int
     row: int = 0
@@ -56,11 +57,14 @@ class Sizes:
     stack: Sequence[int] = (0,)
     floor: int = 0
     pool: str = "stack"
+    more: tuple[Row, ...] = ()
+    arena: int = 0
 
     @property
     def opening(self) -> int:
         """The most that is held before the model is ready."""
-        return self.cold + self.private + self.tokenizer + self.session + self.code
+        more = sum(row.bytes for row in self.more)
+        return self.cold + self.private + self.tokenizer + self.session + self.code + more
 
 
 @dataclass(frozen=True)
@@ -152,11 +156,12 @@ def plan(
             found.append(Row("repacked weights", sizes.repacked, "mapped", note="prepared on this device"))
         if sizes.private:
             found.append(Row("private weights", sizes.private, "anonymous", note="the engine's own copies"))
+        found += sizes.more
         if card.task == "generate":
             found.append(Row("key-value cache", cache_bytes(card, length, count, kind), "anonymous", "elastic",
                              f"{count} x {length} tokens, {kind}"))  # fmt: skip
             found.append(Row("rotary tables", rotary_bytes(card, length), "anonymous", "elastic"))
-        work = activation_bytes(card, block, length, count, sizes.graph)
+        work = activation_bytes(card, block, length, count, sizes.graph) + sizes.arena
         found.append(Row("activations", work, "anonymous", note=f"chunks of {block} tokens"))
         found.append(Row("tokenizer", sizes.tokenizer, "anonymous"))
         found.append(Row("engine", sizes.session, "anonymous", note="ONNX Runtime's own"))

@@ -71,13 +71,17 @@ class CacheFile:
             self.close()
             raise
 
-    def read(self, piece: int) -> bytes:
-        """The bytes of a piece. Raises ValueError when they are damaged."""
-        at, length, digest = self._pieces[piece]
+    def at(self, piece: int) -> tuple[int, int]:
+        """Offset and length of a piece. Raises ValueError where it is not inside the file."""
+        at, length, _ = self._pieces[piece]
         if not 0 <= at <= at + length <= self.size:
             raise ValueError("it has a piece outside itself")
-        data = _whole(self.fd, at, length)
-        if hashlib.sha256(data).hexdigest() != digest:
+        return at, length
+
+    def read(self, piece: int) -> bytes:
+        """The bytes of a piece. Raises ValueError when they are damaged."""
+        data = _whole(self.fd, *self.at(piece))
+        if hashlib.sha256(data).hexdigest() != self._pieces[piece][2]:
             raise ValueError("it has a damaged piece")
         return data
 

@@ -94,12 +94,19 @@ def reset_peak() -> bool:
     return True
 
 
-def mapped_rss(path: str | os.PathLike) -> int | None:
+def mapped_rss(path: str | os.PathLike, within: tuple[int, int] | None = None) -> int | None:
     """Resident bytes of this process's mappings of a file: by device and inode, or by path where an overlay file
-    system shows others. Pages that were written privately are anonymous and not counted; a page mapped twice is.
+    system shows others. Pages that were written privately are anonymous and not counted; a page mapped twice is. With
+    `within`, (offset, bytes) of the file, only of the mappings that lie there.
     """
     text = _read("/proc/self/smaps")
-    return None if text is None else sum(found.rss - found.anonymous for found in _of_file(text, path))
+    if text is None:
+        return None
+    found = _of_file(text, path)
+    if within is not None:
+        low, high = within[0] // mmap.PAGESIZE * mmap.PAGESIZE, sum(within) + mmap.PAGESIZE
+        found = [one for one in found if low <= one.offset <= one.offset + one.end - one.start <= high]
+    return sum(one.rss - one.anonymous for one in found)
 
 
 def folder_rss(folders: Iterable[str]) -> int | None:

@@ -5,13 +5,14 @@ them, make the cache, and check that the file behind the mapping is still the on
 """
 
 import contextlib
+import dataclasses
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import backends, budget, measure, onnx_wire, prepack, session
 from .backends.placement import check_required
-from .backends.provider import Device
 from .bitstack.layout import Index, StackFormat
 from .bitstack.stack import Stack, read_index
 from .budget import Plan, Sizes
@@ -34,6 +35,8 @@ from .language.tokens import Tokenizer
 from .loaded import Parts
 from .mapped import ALWAYS
 from .portable import portable
+from .static.load import COMPILED, chosen, open_prefill, tune
+from .static.memory import Beside, beside
 
 _TOKENIZER = 1 << 19  # its code and the heap's slack, beside its tables
 _ENGINE = 16 << 18  # what an ORT environment and session hold, and for each node of the graph:
@@ -47,13 +50,18 @@ def load(
     path: str | Path, memory: int | str | None = None, backend: str = "auto", *, context: int | None = None,
     slots: int = 1, kv: str = "fp32", chunk: int | None = None, threads: int = 0, queue: int = 256,
     prepare: bool = True, kernels: str = "auto", profile: str | None = None, part: bool = False,
-    experts: ExpertOptions | None = None, require: Mapping[str, float] | None = None, progress: Progress = silent,
+    experts: ExpertOptions | None = None, require: Mapping[str, float] | None = None, prefill: str = "auto",
+    compiled: str = "auto", progress: Progress = silent,
 ) -> LanguageModel | EmbeddingModel | Part:  # fmt: skip
     """Opens a bundle inside `memory` (bytes, "200MB", or None for no budget).
 
     `backend` is where its graph runs: auto and cpu, gpu, npu, or one provider of these (npu:qnn). All of its nodes must
     run there unless `require` asks for less, {"npu": 0.9}, which by itself chooses the npu. Other devices' own memory
-    is in no plan.
+    is in no plan. A language model's prompts run there, through static graphs where the bundle has some for it, and
+    answers on the CPU; `prefill` "dynamic" does without these graphs, "static" insists on them, on the CPU too, where
+    auto takes only those that were made for it. Where a device takes graphs that were compiled ahead, the bundle's are
+    used if they are for it and its version; else it compiles them itself, once, which an event reports. `compiled`
+    "bundle" refuses then, and "none" opens them as they are.
     `context` tokens and `slots` conversations at once decide the key-value cache, kept as `kv` (fp32, fp16 or int8);
     `chunk` is the most tokens of one prefill step; `threads` 0 takes every core; `queue` is how many requests may wait
     for a slot. `prepare` False skips the cache of repacked weights and pays for it in private memory; so does a cache
@@ -65,10 +73,11 @@ def load(
     Raises BundleError, BudgetError, BackendError, UsageError, and StorageError where the budget has no room for that.
     """
     started = time.perf_counter()
-    device, share = _device(backend, require or {})
-    prepare, kernels = (prepare, kernels) if device is None else (False, "ort")
+    backend, share = _required(backend, require or {})
     if type(threads) is not int or not 0 <= threads <= 1024:
         raise UsageError(f"threads is {threads!r}.", "It must be from 0 to 1024.", "Correct it.")
+    if compiled not in COMPILED:
+        raise UsageError(f"compiled is {compiled!r:.40}.", f"It is one of {', '.join(COMPILED)}.", "Name one.")
     with contextlib.ExitStack() as undo:
         bundle = undo.enter_context(Bundle.open(path))
         card = Card.from_json(bundle.bytes(bundle.section("card")))
@@ -80,10 +89,22 @@ def load(
             )
         if part and card.task != "generate":
             raise UsageError(f"{path} is no part of a language model.", "It embeds text.", "Load it as it is.")
+        static = chosen(bundle, card, backend, prefill, part)
+        try:
+            device = backends.choose(backend)
+        except BackendError as error:
+            if static is None or share > 0 or prefill == "static":
+                raise
+            progress(Event("load", detail=f"prompts stay on the cpu: {error.what} {error.why}"))
+            device = static = None
+        # Where the model's own graph runs: with static graphs for its prompts it stays on the CPU
+        whole = device if static is None else None
+        prepare, kernels = (prepare, kernels) if whole is None else (False, "ort")
         graph_bytes, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
         ours, index = _ours(kernels, graph_bytes, places), _pool(bundle, graph_bytes, places)
-        sizes = _sizes(card, graph_bytes, places, prepare, ours, index)
-        size = budget.parse_size(memory)
+        more = beside(bundle, static, places, kv, device is None) if static else Beside()
+        sizes = _sizes(card, graph_bytes, places, prepare, ours, index, more)
+        size, sections = budget.parse_size(memory), places
 
         def replan(memory: int | None = size, context: int | None = context, **given) -> Plan:
             given = {"chunk": chunk} | given
@@ -104,7 +125,7 @@ def load(
             try:
                 parts.prepared = prepack.prepare(graph_bytes, places, key=bundle.digest, progress=progress)
             except StorageError as error:  # no cache to be had: as many bytes of private memory, and the plan says so
-                sizes = _sizes(card, graph_bytes, places, False, True, index)
+                sizes = _sizes(card, graph_bytes, places, False, True, index, more)
                 try:
                     parts.plan = replan()
                 except BudgetError as refused:
@@ -118,7 +139,7 @@ def load(
         progress(Event("load", detail=bundle.path.name))
         bundle.check_unchanged()
         graph, parts.placed = backends.open_graph(
-            device, graph_bytes, places, share=share, threads=threads, profile=profile
+            whole, graph_bytes, places, share=share, threads=threads, profile=profile
         )
         undo.enter_context(graph)
         bundle.check_unchanged()
@@ -127,6 +148,21 @@ def load(
         parts.products = session.products(opened, places)
         parts.nodes = opened.nodes if profile is not None else ()
         parts.grew("private weights" if sizes.private else "engine", before)
+        chunks = None
+        if static is not None:
+            chunks = open_prefill(
+                bundle, static, sections, device, kv, share=share, threads=threads, ours=ours, way=prefill,
+                compiled=compiled, progress=progress,
+            )  # fmt: skip
+            session.release_freed_memory()
+            parts.grew("static graphs", before)
+            if chunks is None:
+                sizes = dataclasses.replace(sizes, more=(), arena=0)
+                parts.plan = replan()
+        if chunks is not None:
+            undo.callback(chunks.close)
+            parts.placed = chunks.graphs.placement
+            parts.placement = dict(Counter(parts.placement) + Counter(chunks.graphs.nodes()))
         handles = {}
         if isinstance(index, Index):
             parts.stack = undo.enter_context(Stack(bundle))
@@ -136,16 +172,18 @@ def load(
             parts.experts = undo.enter_context(Store(bundle, parts.plan.entries, experts or ExpertOptions()))
             handles["experts"] = parts.experts.handle
         made: LanguageModel | EmbeddingModel | Part
-        if device is not None and card.task != "embed":
+        if whole is not None and card.task != "embed":
             raise BackendError(
-                f"{card.name} cannot run on the {device.backend} yet.",
+                f"{card.name} cannot run on the {whole.backend} yet.",
                 f"{share:.0%} of its nodes and more can, but attention writes keys and values where they lie, in the "
-                "cpu's memory.", "Load it with backend='cpu'.",
+                f"cpu's memory, and prompts need static graphs for the {whole.backend}.",
+                "Convert the checkpoint with such graphs, or load it with backend='cpu'.",
             )  # fmt: skip
         if tokenizer and card.task == "embed":
             made = EmbeddingModel(parts, tokenizer, graph)
         else:
             decoder = Decoder(graph, card, Cache(card, parts.plan.context, slots, kv), parts.plan.chunk, handles)
+            decoder.prefill = chunks
             template = bundle.find("chat_template")
             chat = bundle.bytes(template).decode("utf-8", "replace") if template else ""
             if part or tokenizer is None:
@@ -153,6 +191,8 @@ def load(
             else:
                 made = LanguageModel(parts, tokenizer, chat, decoder, queue)
         parts.ready()
+        if chunks is not None:
+            tune(chunks, decoder, bundle, device, prefill, threads, progress)
         parts.load_s = time.perf_counter() - started
         undo.pop_all()
         return made
@@ -160,20 +200,24 @@ def load(
 
 def plan(
     path: str | Path, memory: int | str | None = None, *, context: int | None = None, slots: int = 1, kv: str = "fp32",
-    chunk: int | None = None, prepare: bool = True, kernels: str = "auto",
+    chunk: int | None = None, prepare: bool = True, kernels: str = "auto", backend: str = "auto",
+    prefill: str = "auto",
 ) -> Plan:  # fmt: skip
-    """What `load` with the same arguments would use, without loading anything."""
+    """What `load` with the same arguments would use, without loading anything or looking for devices."""
     with Bundle.open(path) as bundle:
         card = Card.from_json(bundle.bytes(bundle.section("card")))
+        static = chosen(bundle, card, backend, prefill)
         graph, places = bundle.bytes(_graph(bundle, card, kv)), _places(bundle)
         ours, index = _ours(kernels, graph, places), _pool(bundle, graph, places)
-        sizes = _sizes(card, graph, places, prepare, ours, index)
+        on_cpu = backend.partition(":")[0] in ("auto", "cpu")
+        more = beside(bundle, static, places, kv, on_cpu) if static else Beside()
+        sizes = _sizes(card, graph, places, prepare, ours, index, more)
         size = budget.parse_size(memory)
         return budget.plan(card, sizes, memory=size, context=context, slots=slots, kv=kv, chunk=chunk)
 
 
-def _device(backend: str, require: Mapping[str, float]) -> tuple[Device | None, float]:
-    """The device to run on, None for the CPU, and the share of the nodes that must. Raises UsageError, BackendError."""
+def _required(backend: str, require: Mapping[str, float]) -> tuple[str, float]:
+    """The backend that is meant, and the share of the nodes that must run there. Raises UsageError."""
     check_required(require)
     named, *more = [*require, ""]
     if require and (len(more) > 1 or (backend != "auto" and backend.partition(":")[0] != named)):
@@ -181,12 +225,12 @@ def _device(backend: str, require: Mapping[str, float]) -> tuple[Device | None, 
             f"{' and '.join(require)} cannot be required of {backend}.", "A graph runs on one device beside the CPU.",
             "Require one, of the backend that is chosen.",
         )  # fmt: skip
-    return backends.choose(named if require and backend == "auto" else backend), require.get(named, 1.0)
+    return named if require and backend == "auto" else backend, require.get(named, 1.0)
 
 
 def sizes(card: Card, graph: bytes, places: dict[str, session.Place]) -> Sizes:
     """What loading this graph would bring on this device, but for a stack, by its shapes alone."""
-    return _sizes(card, graph, places, True, _ours("auto", graph, places), None)
+    return _sizes(card, graph, places, True, _ours("auto", graph, places), None, Beside())
 
 
 def _places(bundle: Bundle) -> dict[str, session.Place]:
@@ -256,7 +300,7 @@ def _experts(bundle: Bundle, nodes: list[onnx_wire.Node]) -> Experts:
 
 def _sizes(
     card: Card, graph: bytes, places: dict[str, session.Place], prepare: bool, ours: bool,
-    index: Index | Experts | None,
+    index: Index | Experts | None, more: Beside,
 ) -> Sizes:  # fmt: skip
     """The bytes that loading this graph brings, by its shapes alone; unless it is `ours`, lowered."""
     model = session.read(graph, places)
@@ -291,6 +335,8 @@ def _sizes(
         stack=stack,
         floor=index.floor if isinstance(index, Index) else min(card.top_k, len(stack) - 1),
         pool="experts" if isinstance(index, Experts) else "stack",
+        more=more.rows,
+        arena=more.arena,
     )
 
 

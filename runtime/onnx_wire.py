@@ -149,10 +149,10 @@ def relocate(model: Model, change: Callable[[Tensor], External | None]) -> bytes
     for tensor in model.tensors:
         external = change(tensor)
         if external is not None:
-            pieces += [data[at : tensor.span[0]], _message(5, tensor_bytes(replace(tensor, external=external)))]
+            pieces += [data[at : tensor.span[0]], field_bytes(5, tensor_bytes(replace(tensor, external=external)))]
             at = tensor.span[1]
     pieces.append(data[at:stop])
-    return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
+    return data[:key] + field_bytes(7, b"".join(pieces)) + data[stop:]
 
 
 def rewrite(
@@ -161,14 +161,14 @@ def rewrite(
     """The model with some nodes replaced by others (NodeProtos, in their place), further `tensors` (TensorProtos) and
     without the initializers named in `drop`."""
     data, (key, start, stop), dropped = model.data, model.graph, set(drop)
-    changes = [(node.span, b"".join(_message(1, one) for one in made)) for node, made in nodes.items()]
+    changes = [(node.span, b"".join(field_bytes(1, one) for one in made)) for node, made in nodes.items()]
     changes += [(tensor.span, b"") for tensor in model.tensors if tensor.name in dropped]
     pieces, at = [], start
     for span, made in sorted(changes):
         pieces += [data[at : span[0]], made]
         at = span[1]
-    pieces += [data[at:stop], *(_message(5, tensor) for tensor in tensors)]
-    return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
+    pieces += [data[at:stop], *(field_bytes(5, tensor) for tensor in tensors)]
+    return data[:key] + field_bytes(7, b"".join(pieces)) + data[stop:]
 
 
 def part(model: Model, nodes: Iterable[Node], outputs: Iterable[str]) -> bytes:
@@ -182,32 +182,33 @@ def part(model: Model, nodes: Iterable[Node], outputs: Iterable[str]) -> bytes:
     for number, _, end, begin in Walk(data).fields("graph", start, stop, 1):
         if number != 12 and (number not in (1, 5) or (begin, end) in kept):
             pieces.append(data[begin:end])
-    pieces += [_message(12, _message(1, name.encode())) for name in outputs]
-    return data[:key] + _message(7, b"".join(pieces)) + data[stop:]
+    pieces += [field_bytes(12, field_bytes(1, name.encode())) for name in outputs]
+    return data[:key] + field_bytes(7, b"".join(pieces)) + data[stop:]
 
 
 def node_bytes(op: str, inputs: Iterable[str], outputs: Iterable[str], domain: str = "", name: str = "", **attributes):
     """A NodeProto; attributes are integers, floats or texts, and those that are None are left out."""
-    out = b"".join(_message(1, text.encode()) for text in inputs) + b"".join(_message(2, t.encode()) for t in outputs)
-    out += _message(3, name.encode()) + _message(4, op.encode()) + _message(7, domain.encode())
+    out = b"".join(field_bytes(1, text.encode()) for text in inputs)
+    out += b"".join(field_bytes(2, text.encode()) for text in outputs)
+    out += field_bytes(3, name.encode()) + field_bytes(4, op.encode()) + field_bytes(7, domain.encode())
     for key, value in attributes.items():
         if isinstance(value, float):
             payload = b"\x15" + struct.pack("<f", value) + b"\xa0\x01\x01"
         elif isinstance(value, int):
             payload = b"\x18" + _varint(value & 0xFFFFFFFFFFFFFFFF) + b"\xa0\x01\x02"
         elif value is not None:
-            payload = _message(4, value.encode()) + b"\xa0\x01\x03"
+            payload = field_bytes(4, value.encode()) + b"\xa0\x01\x03"
         else:
             continue
-        out += _message(5, _message(1, key.encode()) + payload)
+        out += field_bytes(5, field_bytes(1, key.encode()) + payload)
     return out
 
 
 def array_bytes(name: str, array: np.ndarray) -> bytes:
     """A TensorProto of float32 or int64, its bytes in the model."""
     out = b"".join(b"\x08" + _varint(dim) for dim in array.shape)
-    out += b"\x10" + _varint({"float32": 1, "int64": 7}[array.dtype.name]) + _message(8, name.encode())
-    return out + _message(9, np.ascontiguousarray(array).tobytes())
+    out += b"\x10" + _varint({"float32": 1, "int64": 7}[array.dtype.name]) + field_bytes(8, name.encode())
+    return out + field_bytes(9, np.ascontiguousarray(array).tobytes())
 
 
 def single(model: Model, node: Node, tensors: Iterable[Tensor], inputs: Mapping[str, int]) -> bytes:
@@ -216,13 +217,14 @@ def single(model: Model, node: Node, tensors: Iterable[Tensor], inputs: Mapping[
     The inputs and outputs have no shapes; the outputs have the type of the first input.
     """
     kind = next(iter(inputs.values()))
-    graph = model.data[slice(*node.span)] + _message(2, b"one")
+    graph = model.data[slice(*node.span)] + field_bytes(2, b"one")
     graph += b"".join(
-        _message(5, tensor_bytes(tensor)) if tensor.external else model.data[slice(*tensor.span)] for tensor in tensors
+        field_bytes(5, tensor_bytes(tensor)) if tensor.external else model.data[slice(*tensor.span)]
+        for tensor in tensors
     )
-    graph += b"".join(_message(11, _value(name, dtype)) for name, dtype in inputs.items())
-    graph += b"".join(_message(12, _value(name, kind)) for name in node.outputs if name)
-    return b"".join(model.data[slice(*span)] for span in model.header) + _message(7, graph)
+    graph += b"".join(field_bytes(11, _value(name, dtype)) for name, dtype in inputs.items())
+    graph += b"".join(field_bytes(12, _value(name, kind)) for name in node.outputs if name)
+    return b"".join(model.data[slice(*span)] for span in model.header) + field_bytes(7, graph)
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -233,9 +235,9 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     entries = [("location", external.location), ("offset", str(external.offset)), ("length", str(external.length))]
     entries += [(f"prepacked_{index}", value) for index, value in enumerate(external.prepacked)]
     out = b"".join(b"\x08" + _varint(dim) for dim in tensor.dims)
-    out += b"\x10" + _varint(tensor.dtype) + _message(8, tensor.name.encode())
+    out += b"\x10" + _varint(tensor.dtype) + field_bytes(8, tensor.name.encode())
     for key, value in entries:
-        out += _message(13, _message(1, key.encode()) + _message(2, value.encode()))
+        out += field_bytes(13, field_bytes(1, key.encode()) + field_bytes(2, value.encode()))
     return out + b"\x70\x01"  # data_location = EXTERNAL
 
 
@@ -470,10 +472,11 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _message(number: int, payload: bytes) -> bytes:
+def field_bytes(number: int, payload: bytes) -> bytes:
+    """A field that holds bytes."""
     return _varint(number << 3 | 2) + _varint(len(payload)) + payload
 
 
 def _value(name: str, dtype: int) -> bytes:
     """A ValueInfoProto of a tensor without a shape."""
-    return _message(1, name.encode()) + _message(2, _message(1, b"\x08" + _varint(dtype)))
+    return field_bytes(1, name.encode()) + field_bytes(2, field_bytes(1, b"\x08" + _varint(dtype)))

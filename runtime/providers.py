@@ -96,6 +96,30 @@ def attach(options: "onnxruntime.SessionOptions", device: Listed, settings: Mapp
     )
 
 
+def compiled(options: "onnxruntime.SessionOptions", graph: bytes, folder: str, name: str) -> bytes:
+    """The graph as its provider compiled it: a model of EPContext nodes, whose binaries are files in `folder`, called
+    after `name`. It is optimised as a session with these options would."""
+    compiler = onnxruntime.ModelCompiler(
+        options, graph, flags=onnxruntime.OrtCompileApiFlags.ERROR_IF_NO_NODES_COMPILED,
+        graph_optimization_level=options.graph_optimization_level,
+    )  # fmt: skip
+    compiler.set_ep_context_binary_information(f"{folder}/", name)
+    return compiler.compile_to_bytes()
+
+
+def compatible(device: Listed, information: str) -> str:
+    """What a provider says of a compiled graph with this compatibility information: optimal, prefer_recompilation,
+    unsupported or not_applicable; unknown where it says nothing."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as engine
+
+    match = [one for one in _devices(device.provider) if _listed(one) == device]
+    try:
+        found = engine.get_model_compatibility_for_ep_devices(match[:1], information)
+    except Exception:  # QNN's on x86 raises
+        return "unknown"
+    return str(found).rsplit(".", 1)[-1].lower().removeprefix("ep_").removeprefix("supported_")
+
+
 def assigned(session: "onnxruntime.InferenceSession") -> list[Assigned]:
     """Every node as the engine placed it, fused ones as they are now."""
     return [

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ LIBRARIES = [
     os.path.dirname(str(package.__file__)) for package in (onnxruntime, np, kernels)
 ]  # whose code a model runs
 _OPENING = threading.Lock()
+_ARENA: list = []  # of graphs that share one, once it is there
 _LOST: list = []  # sessions whose device hangs: freeing them would hang as well
 _LINEAR, _ROWS = "QuantizedLinear", "QuantizedRows"
 _VECTOR = 256 << 10  # bytes of the longest weight that is a norm's or a bias
@@ -76,32 +77,41 @@ class Value:
 @dataclass(frozen=True)
 class Target:
     """Where else than on the CPU a graph is opened: a listed device, how its provider is set, and whether it must take
-    every node (`whole`) or may leave some to the CPU. `patience` is how many seconds opening, or one run, may take."""
+    every node (`whole`) or may leave some to the CPU. `patience` is how many seconds opening, or one run, may take.
+    Sessions that share a `worker` run one at a time, and are lost together once the device hangs; its maker closes it.
+    `entries` are ORT's settings of a session that its provider needs."""
 
     device: Listed
     settings: Mapping[str, str]
     whole: bool = True
     patience: float = PATIENCE
+    worker: Worker | None = None
+    entries: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_graph(
     graph: bytes, places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False,
     target: Target | None = None, dims: Mapping[str, int] | None = None, repack: bool = True,
-    profile: str | None = None,
+    profile: str | None = None, shared: bool = False,
 ) -> "Session":  # fmt: skip
     """Opens ModelProto bytes whose external data is in `places`, on the CPU or on `target`.
 
     `threads` (0: one a core) includes the caller's; with `spinning` they burn the time between two operators. `dims`
     gives open dimensions a length, by their names: a device that knows static shapes only then takes the graph.
     `profile` is the prefix of a file of ORT's timings, written by close(). Without `repack` weights are used where they
-    lie, which saves a copy and is as fast only in fp32. Raises BundleError for a graph that is not one, and
-    BackendError where ORT or the device cannot take it, is gone, or does not come back.
+    lie, which saves a copy and is as fast only in fp32. Graphs that are `shared` keep what lies between their operators
+    in one arena of the process, for many that run in turn: an arena each would hold a step of every one.
+    Raises BundleError for a graph that is not one, and BackendError where ORT or the device cannot take it, is gone, or
+    does not come back.
     """
     model = read(graph, places)
     with door(f"The model's graph cannot be opened on {target.device.provider if target else CPU}.", opening=True):
-        options = _options_for(places, threads=threads, spinning=spinning, target=target, dims=dims)
+        options = options_for(places, threads=threads, spinning=spinning, target=target, dims=dims)
         if not repack:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if shared:
+            _share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         # Of a prepared graph a step reads the prepared file whole; what lies elsewhere is read once, or a row at a time
@@ -119,6 +129,16 @@ def open_graph(
         return Session(session, target, weights, profile=profile is not None)
 
 
+def _share_arena() -> None:
+    """Makes the process's arena, once; it stays for as long as the process does."""
+    with _OPENING:
+        if not _ARENA:
+            kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+            info = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+            onnxruntime.create_and_register_allocator(info, None)
+            _ARENA.append(info)
+
+
 def survey(
     graph: bytes, places: Mapping[str, Place], target: Target, dims: Mapping[str, int] | None = None
 ) -> tuple[list[Assigned], list[str]]:
@@ -127,14 +147,14 @@ def survey(
     may take the process with it."""
     messages: list[str] = []
     with door(f"The model's graph cannot be opened on {target.device.provider}.", opening=True):
-        options = _options_for(places, target=Target(target.device, target.settings, whole=False), dims=dims)
+        options = options_for(places, target=Target(target.device, target.settings, whole=False), dims=dims)
         options.log_severity_level = 0
         with providers.overheard(messages):
             session = start(locate(read(graph, places), places), options, target)
         return providers.assigned(session), messages
 
 
-def _options_for(
+def options_for(
     places: Mapping[str, Place], *, threads: int = 0, spinning: bool = False, target: Target | None = None,
     dims: Mapping[str, int] | None = None,
 ) -> "onnxruntime.SessionOptions":  # fmt: skip
@@ -143,6 +163,8 @@ def _options_for(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if target is not None and target.whole and target.device.provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for key, value in (target.entries if target else {}).items():
+        options.add_session_config_entry(key, value)
     for name, length in (dims or {}).items():
         options.add_free_dimension_override_by_name(name, length)
     return options
@@ -283,7 +305,8 @@ class Session:
         self._closing = threading.Lock()
         self._patience = target.patience if target else None
         self.provider = target.device.provider if target else CPU
-        self._worker = Worker(self.provider) if target else None
+        self._worker = (target.worker or Worker(self.provider)) if target else None
+        self._shares = target is not None and target.worker is not None
         self.inputs = {value.name: value for value in map(_value, session.get_inputs())}
         self.outputs = {value.name: value for value in map(_value, session.get_outputs())}
 
@@ -319,7 +342,8 @@ class Session:
             if self._worker.lost:
                 _LOST.append(session)
                 return
-            self._worker.close()
+            if not self._shares:
+                self._worker.close()
         if session is not None and self._profile:
             session.end_profiling()
         del session

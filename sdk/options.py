@@ -55,25 +55,43 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine (default: every core)")
 
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
-    """Where the graph runs, and how much of it must."""
+def add_backend(parser: argparse.ArgumentParser, require: bool = True) -> None:
+    """Where the graph runs or, of a language model, its prompts; and how much of it must."""
     group = parser.add_argument_group("backend")
     group.add_argument(
         "--backend", default="auto", metavar="NAME", help="auto, cpu, gpu, npu or one provider: npu:qnn (default: auto)"
     )
     group.add_argument(
-        "--require", action="append", default=[], metavar="NAME=SHARE",
-        help="of the nodes this share must run there, as npu=0.9; what fell back is refused with its reasons",
+        "--prefill", choices=("auto", "static", "dynamic"), default="auto",
+        help="prompts in fixed chunks: where they were made for the backend and are faster, always, or never (auto)",
     )  # fmt: skip
+    if require:
+        group.add_argument(
+            "--compiled", choices=("auto", "bundle", "none"), default="auto",
+            help="graphs compiled ahead: the bundle's, else the device compiles its own once (auto), the bundle's or "
+                 "refuse, or none",
+        )  # fmt: skip
+        group.add_argument(
+            "--require", action="append", default=[], metavar="NAME=SHARE",
+            help="of the nodes this share must run there, as npu=0.9; what fell back is refused with its reasons",
+        )  # fmt: skip
 
 
 def backend(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `load` from `add_backend`. Raises UsageError."""
-    if arguments.backend == "auto" and not arguments.require:
-        return {}
-    from .runtime.backends.placement import required
+    """The keywords of `load` from `add_backend`, and without --require those of `plan`. Raises UsageError."""
+    found: dict[str, Any] = {}
+    if arguments.prefill != "auto":
+        found["prefill"] = arguments.prefill
+    if getattr(arguments, "compiled", "auto") != "auto":
+        found["compiled"] = arguments.compiled
+    require = getattr(arguments, "require", [])
+    if arguments.backend != "auto" or require:
+        found["backend"] = arguments.backend
+    if require:
+        from .runtime.backends.placement import required
 
-    return {"backend": arguments.backend, "require": required(arguments.require)}
+        found["require"] = required(require)
+    return found
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -126,6 +126,16 @@ def tiny_bundle(tiny_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def static_bundle(tiny_bundle, tmp_path_factory) -> Path:
+    """`tiny_bundle` with static graphs in fp32 for chunks of 4 and 8 tokens, made for the CPU."""
+    from make_static import write
+
+    out = tmp_path_factory.mktemp("static") / "fp32.shoal"
+    write(tiny_bundle, out, None)
+    return out
+
+
+@pytest.fixture(scope="session")
 def smollm2_bundle(smollm2_gguf, tmp_path_factory) -> Path:
     """`smollm2_gguf` in int4."""
     return _bundle(smollm2_gguf, tmp_path_factory, "smollm2", "int4")

@@ -100,7 +100,7 @@ def attention(
     )  # fmt: skip
     for part, present in (("key", key), ("value", value)):
         g.output(present, f"present_{part}_{block}", g.cache, shape)
-    return g.linear(f"{prefix}.o_proj", y, residual=residual)
+    return g.linear(f"{prefix}.o_proj", y, residual=residual, mixes=f"{prefix}.v_proj")
 
 
 def feed_forward(step: Step, prefix: str, after: str, residual: ir.Value | None = None) -> ir.Value:

@@ -11,14 +11,17 @@ import importlib
 import importlib.util
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import providers, session
+from ..deadline import Worker
 from ..errors import BackendError, UsageError
+from ..events import Event, Progress, silent
 from ..onnx_ports import ports
+from ..onnx_wire import Model
 from ..providers import CPU, Assigned
 from . import placement, probe
 from .placement import Placement
@@ -97,8 +100,21 @@ def survey(
     """Which nodes of a graph `device` takes, and why not the others, by its provider's own word; in a child process,
     within `seconds`. The arguments are those of session.open_graph. Raises BackendError where the provider refuses the
     graph as a whole, dies of it or hangs, BundleError for a graph that is not one."""
-    model = session.read(graph, places)
-    assigned, messages = probe.survey(graph, places, device.listed, device.library, device.settings, dims, seconds)
+    return _survey(device, [graph], places, dims, seconds)[0]
+
+
+def _survey(
+    device: Device, graphs: Sequence[bytes], places: Mapping[str, session.Place], dims: Mapping[str, int] | None,
+    seconds: float,
+) -> list[Placement]:  # fmt: skip
+    models = [session.read(graph, places) for graph in graphs]
+    found = probe.survey(graphs, places, device.listed, device.library, device.settings, dims, seconds)
+    return [_judged(device, model, dims, *one) for model, one in zip(models, found, strict=True)]
+
+
+def _judged(
+    device: Device, model: Model, dims: Mapping[str, int] | None, assigned: list[Assigned], messages: list[str]
+) -> Placement:
     given = {dim for port in ports(model)[0] for dim in port.dims if not isinstance(dim, int)}
     static = not given - set(dims or {})
     inputs = {(node.op, node.name): node.inputs for node in model.nodes}
@@ -132,19 +148,59 @@ def open_graph(
     target = session.Target(device.listed, device.settings, share >= 1, patience)
     opened = session.open_graph(graph, places, threads=threads, target=target, dims=dims, profile=profile)
     try:
-        # What counts is this session, not the rehearsal; reasons are the rehearsal's
-        said = {(node.provider, node.op, node.domain, node.name): node for node in before.nodes}
-        nodes = tuple(
-            said.get((one.provider, one.op, one.domain, one.name))
-            or placement.Node(one.name, one.op, one.domain, one.provider)
-            for one in opened.assigned()
-        )
-        found = Placement(device.backend, device.listed.provider, nodes)
+        found = Placement(device.backend, device.listed.provider, _nodes(opened, before))
         found.check(share)
     except BaseException:
         opened.close()
         raise
     return opened, found
+
+
+def open_graphs(
+    device: Device | None, graphs: Mapping[str, bytes], places: Mapping[str, session.Place], *, share: float = 1.0,
+    threads: int = 0, patience: float = session.PATIENCE, worker: Worker | None = None, surveyed: bool = False,
+    progress: Progress = silent,
+) -> tuple[dict[str, session.Session], Placement]:  # fmt: skip
+    """Opens many graphs of static shapes on one device, which run one at a time; `share` is of the nodes of all.
+
+    They are surveyed in one child, unless they were `surveyed` before: a child that opens all of them takes as long as
+    opening them does. They share `worker`, which the caller closes after them; the rest is as in open_graph.
+    """
+    opened: dict[str, session.Session] = {}
+    nodes: list[placement.Node] = []
+    before: list[Placement | None] = [None] * len(graphs)
+    target, provider = None, CPU
+    if device is not None:
+        provider = device.listed.provider
+        if not surveyed:
+            progress(Event("survey", 0, len(graphs), device.title, "graphs"))
+            before = list(_survey(device, list(graphs.values()), places, None, patience + 2.0 * len(graphs)))
+            Placement(device.backend, provider, tuple(node for one in before if one for node in one.nodes)).check(share)
+        if device.library:
+            providers.register(provider, device.library)
+        target = session.Target(device.listed, device.settings, share >= 1, patience, worker)
+    try:
+        for (name, graph), rehearsed in zip(graphs.items(), before, strict=True):
+            progress(Event("open", len(opened), len(graphs), name, "graphs"))
+            opened[name] = session.open_graph(graph, places, threads=threads, target=target, shared=True)
+            nodes += _nodes(opened[name], rehearsed)
+        found = Placement(device.backend if device else "cpu", provider, tuple(nodes))
+        found.check(share)
+    except BaseException:
+        for one in opened.values():
+            one.close()
+        raise
+    return opened, found
+
+
+def _nodes(opened: session.Session, before: Placement | None) -> tuple[placement.Node, ...]:
+    """What counts is this session, not the rehearsal; reasons are the rehearsal's."""
+    said = {(node.provider, node.op, node.domain, node.name): node for node in (before.nodes if before else ())}
+    return tuple(
+        said.get((one.provider, one.op, one.domain, one.name))
+        or placement.Node(one.name, one.op, one.domain, one.provider)
+        for one in opened.assigned()
+    )
 
 
 def plugins() -> dict[str, str] | None:

@@ -1,9 +1,9 @@
 """Asking a backend's library in a process of its own, because it may die or hang: which devices it lists and whether
-they compute, and which nodes of a graph it takes.
+they compute, which nodes of a graph it takes, and what compiler.py does.
 
-`devices` and `survey` are the asking side; every question has a deadline, after which the child is killed. `main` is
-the child: one question on standard input, one answer (JSON) on what standard output was, which libraries write to as
-they like and get standard error instead.
+`devices`, `survey` and `ask` are the asking side; every question has a deadline, after which the child is killed.
+`main` is the child: one question on standard input, one answer (JSON) on what standard output was, which libraries
+write to as they like and get standard error instead.
 """
 
 import base64
@@ -13,7 +13,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -25,6 +27,7 @@ SECONDS = 60.0  # for a library to load, list its devices and multiply once
 SURVEY_SECONDS = 300.0  # for a graph to be compiled
 _CHILD = f"import sys, json; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import main; main()"
 _LIMIT = 64 << 20  # bytes of an answer
+_TICK = 0.5  # seconds
 
 
 def devices(
@@ -37,7 +40,7 @@ def devices(
     The library is `library`, or the one that the wheel `module` names, or neither where the provider is built in. Only
     `kinds` are tried; `settings` are for each kind. Raises BackendError where the library does not load, dies or hangs.
     """
-    answer = _ask(
+    answer = ask(
         {"do": "devices", "ep": ep, "module": module, "library": library, "kinds": kinds, "settings": settings or {}},
         seconds, f"{ep}'s library",
     )  # fmt: skip
@@ -49,49 +52,71 @@ def devices(
 
 
 def survey(
-    graph: bytes, places: Mapping, listed: Listed, library: str, settings: Mapping[str, str],
+    graphs: Sequence[bytes], places: Mapping, listed: Listed, library: str, settings: Mapping[str, str],
     dims: Mapping[str, int] | None = None, seconds: float = SURVEY_SECONDS,
-) -> tuple[list[Assigned], list[str]]:  # fmt: skip
-    """session.survey in a child: where each node would run, and what the provider said of those it refused.
+) -> list[tuple[list[Assigned], list[str]]]:  # fmt: skip
+    """session.survey of each graph, all in one child: where each node would run, and what the provider said of those it
+    refused.
 
-    Raises BackendError where the provider refuses the graph, dies of it or does not come back.
+    Raises BackendError where the provider refuses a graph, dies of it or does not come back within `seconds`.
     """
     question = {
         "do": "survey", "ep": listed.provider, "module": "", "library": library, "listed": dataclasses.asdict(listed),
-        "graph": base64.b64encode(graph).decode(), "settings": dict(settings), "dims": dict(dims or {}),
-        # A descriptor is this process's own; the child opens the path
-        "places": {name: dataclasses.asdict(dataclasses.replace(place, fd=-1)) for name, place in places.items()},
+        "graphs": [base64.b64encode(graph).decode() for graph in graphs], "settings": dict(settings),
+        "dims": dict(dims or {}), "places": by_path(places),
     }  # fmt: skip
-    answer = _ask(question, seconds, listed.provider)
+    answer = ask(question, seconds, listed.provider)
     try:
-        return [Assigned(*one) for one in answer["assigned"]], [str(one) for one in answer["messages"]]
-    except (KeyError, TypeError) as error:
+        found = [([Assigned(*one) for one in nodes], list(map(str, said))) for nodes, said in answer["surveys"]]
+        if len(found) != len(graphs):
+            raise TypeError(f"{len(found)} of {len(graphs)} graphs")
+        return found
+    except (KeyError, TypeError, ValueError) as error:
         raise _died(listed.provider, f"answers what is no placement ({error})") from None
 
 
-def _ask(question: dict, seconds: float, who: str) -> dict:
+def by_path(places: Mapping) -> dict[str, dict]:
+    """Places as a question has them: a descriptor is this process's own, the child opens the path."""
+    return {name: dataclasses.asdict(dataclasses.replace(place, fd=-1)) for name, place in places.items()}
+
+
+def ask(question: dict, seconds: float, who: str, tick: Callable[[], None] = lambda: None) -> dict:
+    """The child's answer to `question`; `tick` is called now and then meanwhile. Raises BackendError where it refuses,
+    dies, or does not come back within `seconds`."""
     if not sys.executable:
         raise _died(who, "cannot be tried: this program has no Python interpreter beside it")
     command = [sys.executable, "-P", "-c", _CHILD, json.dumps(sys.path)]
+    deadline = time.monotonic() + seconds
     try:
-        done = subprocess.run(
-            command, input=json.dumps(question).encode(), capture_output=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise _died(who, f"does not come back within {seconds:g} s") from None
+        with TemporaryFile() as said:  # not a pipe: what waits for an answer in turns cannot write as well
+            said.write(json.dumps(question).encode())
+            said.seek(0)
+            child = subprocess.Popen(command, stdin=said, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with child:
+            try:
+                while True:
+                    try:
+                        out, err = child.communicate(timeout=max(0.0, min(_TICK, deadline - time.monotonic())))
+                        break
+                    except subprocess.TimeoutExpired:
+                        if time.monotonic() >= deadline:
+                            raise _died(who, f"does not come back within {seconds:g} s") from None
+                    tick()
+            finally:
+                child.kill()
     except OSError as error:
         raise _died(who, f"cannot be tried: {error.strerror}") from None
-    if done.returncode < 0:
-        with_signal = signal.Signals(-done.returncode).name
+    if child.returncode < 0:
+        with_signal = signal.Signals(-child.returncode).name
         raise _died(who, f"dies of {with_signal}")
     try:
-        if len(done.stdout) > _LIMIT:
+        if len(out) > _LIMIT:
             raise ValueError
-        answer = json.loads(done.stdout)
+        answer = json.loads(out)
         refused = answer.get("refused")
     except (ValueError, AttributeError):
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise _died(who, f"ends with status {done.returncode}: {said[-1][:200] if said else 'no word'}") from None
+        words = err.decode(errors="replace").strip().splitlines()
+        raise _died(who, f"ends with status {child.returncode}: {words[-1][:200] if words else 'no word'}") from None
     if refused:
         raise BackendError(*map(str, refused))
     return answer
@@ -108,7 +133,7 @@ def main() -> None:
     os.dup2(2, 1)
     question = json.load(sys.stdin)
     try:
-        answer = {"devices": _devices, "survey": _survey}[question["do"]](question)
+        answer = (_ANSWERS.get(question["do"]) or _compiler(question["do"]))(question)
     except ShoalError as error:
         answer = {"refused": [error.what, error.why, error.fix]}
     except Exception as error:
@@ -147,7 +172,7 @@ def _fault(listed: Listed, settings: Mapping[str, str]) -> str:
     x = np.linspace(-1, 1, 8 * 16, dtype=np.float32).reshape(8, 16)
     w = np.ascontiguousarray(x.T)
     try:
-        with open_graph(_product(), {}, target=Target(listed, settings)) as graph:
+        with open_graph(product(), {}, target=Target(listed, settings)) as graph:
             error = float(np.abs(graph.run({"x": x, "w": w})["y"] - x @ w).max())
     except ShoalError as refused:
         return f"{refused.what} {refused.why}".rstrip(".")
@@ -161,13 +186,25 @@ def _survey(question: dict) -> dict:
         providers.register(question["ep"], question["library"])
     target = session.Target(Listed(**question["listed"]), question["settings"], whole=False)
     places = {name: session.Place(**place) for name, place in question["places"].items()}
-    assigned, messages = session.survey(base64.b64decode(question["graph"]), places, target, question["dims"])
-    # Of thousands of words those that say no
-    kept = list(dict.fromkeys(one for one in messages if "FAILED" in one or "not found in registries" in one))
-    return {"assigned": [dataclasses.astuple(one) for one in assigned], "messages": kept}
+    found = []
+    for graph in question["graphs"]:
+        assigned, messages = session.survey(base64.b64decode(graph), places, target, question["dims"])
+        # Of thousands of words those that say no
+        kept = list(dict.fromkeys(one for one in messages if "FAILED" in one or "not found in registries" in one))
+        found.append(([dataclasses.astuple(one) for one in assigned], kept))
+    return {"surveys": found}
 
 
-def _product() -> bytes:
+def _compiler(name: str) -> Callable[[dict], dict]:
+    from . import compiler
+
+    return {"compile": compiler.compile_graphs, "identify": compiler.identify, "rehearse": compiler.rehearse}[name]
+
+
+_ANSWERS = {"devices": _devices, "survey": _survey}
+
+
+def product() -> bytes:
     """x [8, 16] times w [16, 8] in fp32, as a ModelProto."""
 
     def message(number: int, payload: bytes) -> bytes:

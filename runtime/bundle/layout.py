@@ -23,9 +23,10 @@ MAX_NAME = 255
 MAX_GAPS = 64 << 20  # all gaps together: opening a file reads them, so a hostile one must not hold gigabytes
 
 KINDS = frozenset(
-    {"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity", "modes", "codec", "stack", "experts"}
-)
-RESERVED = frozenset({"adapter", "context_binary", "signature"})
+    {"card", "recipe", "graph", "weights", "tokenizer", "chat_template", "parity", "modes", "codec", "stack", "experts",
+     "static", "context_binary"}
+)  # fmt: skip
+RESERVED = frozenset({"adapter", "signature"})
 
 _WORD = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
 

@@ -102,6 +102,11 @@ class Writer:
         """The finished sections, in the file's order."""
         return tuple(self._sections)
 
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The recorded graphs, in the order they came."""
+        return tuple(self._graphs)
+
     @contextmanager
     def section(
         self, kind: str, name: str = "", alignment: int = 4096, required: bool = False

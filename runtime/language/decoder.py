@@ -7,7 +7,8 @@ nothing about text, sampling or requests.
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from ..card import Card, Rope
 from ..errors import BackendError
 from ..session import Session
 from .cache import Cache
+
+if TYPE_CHECKING:
+    from ..static.prefill import Prefill
 
 _KEPT = 8  # shapes whose bindings stay: decode batches and the full chunk
 
@@ -27,6 +31,7 @@ class Decoder:
     def __init__(self, graph: Session, card: Card, cache: Cache, chunk: int, handles: Mapping[str, int] | None = None):
         self.graph, self.card, self.cache, self.chunk = graph, card, cache, chunk
         self.handles = {name: np.array([handle], np.int64) for name, handle in (handles or {}).items()}
+        self.prefill: Prefill | None = None  # takes prompts in fixed chunks, where the bundle has graphs for that
         self._bound: OrderedDict[tuple, _Bound] = OrderedDict()
         self.tables = [rotary(rope, cache.context) for rope in card.ropes]
         self.logits = np.zeros((cache.slots if card.has_head else 0, card.vocab), np.float32)
@@ -61,6 +66,18 @@ class Decoder:
             )  # fmt: skip
         return bound.y
 
+    def most(self, alone: bool) -> int:
+        """The most tokens of a prompt that one `take` should be given, where nobody waits for it but who asks
+        (`alone`), or others do."""
+        return self.chunk if self.prefill is None else self.prefill.most(alone)
+
+    def take(self, slot: int, ids: Sequence[int], start: int, last: bool) -> np.ndarray:
+        """Takes a prompt's `ids` at positions `start`.. of `slot`, and gives logits fp32 [1, vocab] behind the `last`
+        one where they are wanted, [0, vocab] elsewhere; the next call writes over them. Errors are forward's."""
+        if self.prefill is not None:
+            return self.prefill.forward(self, slot, ids, start, last)
+        return self.forward(slot, np.array([ids], np.int64), [start], [len(ids) - 1] if last else [])
+
     def resize(self, context: int) -> None:
         """Changes the cache's length; bindings of the old buffers are dropped first, so that they are freed."""
         self._bound.clear()
@@ -72,10 +89,13 @@ class Decoder:
         sizes = [measure.range_rss(*region) for region in self.cache.regions()]
         held = None if None in sizes else sum(size or 0 for size in sizes)
         tables = sum(array.nbytes for pair in self.tables for array in pair)
-        return {"key-value cache": held, "rotary tables": tables}
+        own = {} if self.prefill is None else self.prefill.measure()
+        return {"key-value cache": held, "rotary tables": tables} | own
 
     def close(self) -> None:
         self._bound.clear()
+        if self.prefill is not None:
+            self.prefill.close()
         self.graph.close()
 
 

@@ -32,6 +32,7 @@ from .tokens import Tokenizer
 
 if TYPE_CHECKING:
     from ..bitstack.pressure import Watcher
+    from ..static.prefill import Prefill
 
 
 class LanguageModel(Prompts, Loaded):
@@ -47,6 +48,11 @@ class LanguageModel(Prompts, Loaded):
             self.stack.between = self.scheduler.reweigh
         if self.experts is not None:
             self.experts.between = self.scheduler.exclusively
+
+    @property
+    def prefill(self) -> "Prefill | None":
+        """How prompts go through static graphs, and whether their device is lost; None where they do not."""
+        return self.scheduler.decoder.prefill
 
     def generate(
         self, prompt: Prompt, *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
@@ -223,7 +229,10 @@ class LanguageModel(Prompts, Loaded):
             raise error
 
     def measure(self) -> dict[str, int | None]:
-        return super().measure() | self.scheduler.decoder.measure()
+        found = super().measure() | self.scheduler.decoder.measure()
+        if (static := found.get("static weights")) and found.get("weights"):  # of the same file
+            found["weights"] = max(0, (found["weights"] or 0) - static)
+        return found
 
     def close(self) -> None:
         if self.closed:

@@ -273,12 +273,11 @@ class Scheduler:
 
     def _prefill(self, request: Request) -> None:
         held = self.cache.held[request.slot]
-        part = request.ids[len(held) : len(held) + self.decoder.chunk]
+        alone = len(self._active) == 1 and not self._waiting
+        part = request.ids[len(held) : len(held) + self.decoder.most(alone)]
         last = len(held) + len(part) == len(request.ids)
         started = time.perf_counter()
-        logits = self.decoder.forward(
-            request.slot, np.array([part], np.int64), [len(held)], [len(part) - 1] if last else []
-        )
+        logits = self.decoder.take(request.slot, part, len(held), last)
         held.extend(part)
         request.stats.prefill_seconds += time.perf_counter() - started
         if last:

@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direct", action="store_true", help="with --experts: read past the page cache")
     parser.add_argument("--policy", default="hobbit", metavar="NAME", help="with --experts: who leaves a slot (hobbit)")
     parser.add_argument("--predictor", default="", metavar="FILE", help="with --experts: guesses by these matrices")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="instead: a prompt of -p tokens in static chunks, who ran what when to FILE"
+    )
     options.add_json(parser)
+    options.add_backend(parser, require=False)
     against = parser.add_argument_group("comparison")
     against.add_argument("--against", action="append", default=[], metavar="ENGINE=MODEL",
                          help="run this engine in turn with shoal; may be repeated. It is llama.cpp, llama-cpp-python, "
@@ -81,6 +85,8 @@ def run(arguments: argparse.Namespace, show) -> int:
         raise UsageError("--beside was given without --sizes.", "It is compared size by size.", "Give both.")
     if arguments.experts is not None:
         return _experts(arguments, show)
+    if arguments.trace is not None:
+        return _trace(arguments, show)
     if arguments.profile:
         return _profile(arguments, show)
     tests = []
@@ -97,7 +103,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         arguments.bundle, list(dict.fromkeys(tests)), repetitions=arguments.repetitions, threads=arguments.threads,
         against=[bench.rival(text, pythons) for text in arguments.against], sustained_s=arguments.sustained,
         progress=show.progress, kv=arguments.kv, chunk=arguments.chunk, memory=arguments.memory,
-        kernels=arguments.kernels,
+        kernels=arguments.kernels, **options.backend(arguments),
     )  # fmt: skip
     show.json(report)
     show.text(render(report, arguments.output))
@@ -142,4 +148,17 @@ def _profile(arguments: argparse.Namespace, show) -> int:
     )  # fmt: skip
     show.json(found)
     show.text(bench_profile.render(found))
+    return 0
+
+
+def _trace(arguments: argparse.Namespace, show) -> int:
+    from .. import bench_trace
+
+    found = bench_trace.trace(
+        arguments.bundle, arguments.trace, prompt=max(arguments.prompt[0], 1), backend=arguments.backend,
+        threads=arguments.threads, kv=arguments.kv, memory=arguments.memory, kernels=arguments.kernels,
+        progress=show.progress,
+    )  # fmt: skip
+    show.json(found)
+    show.text(bench_trace.render(found))
     return 0

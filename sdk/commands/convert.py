@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cut", metavar="NAME", help="with split: the value of the network to cut at")
     parser.add_argument("--memory", metavar="SIZE", help="with auto: what the model is for, such as 200MB")
     parser.add_argument("--blocks", metavar="FIRST:END", help="only these blocks: a part that runs with the others")
+    parser.add_argument(
+        "--npu", metavar="PROVIDER:SOC", action="append", default=[],
+        help="with the recipe npu: compile its graphs ahead for this processor, such as qnn:sm8650; several times for "
+             "several",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-parity", dest="check_parity", action="store_false", help="do not compare with the source")
     parser.add_argument("--calibration-text", metavar="FILE", help="text that a calibrated recipe sees (UTF-8)")
@@ -49,6 +54,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         check_parity=arguments.check_parity,
         calibration_text=arguments.calibration_text,
         blocks=arguments.blocks,
+        npu=arguments.npu,
         progress=show.progress,
         **({} if arguments.memory is None else {"memory": parse_size(arguments.memory)}),
     )

@@ -1,5 +1,5 @@
-"""Show what is in a bundle: its card, its recipe, its stack, its sections and how close it is to its source, or, of a
-network of tensors, its name, modes, inputs and outputs. Loads no engine."""
+"""Show what is in a bundle: its card, its recipe, its stack, its static graphs, its sections and how close it is to its
+source, or, of a network of tensors, its name, modes, inputs and outputs. Loads no engine."""
 
 import argparse
 import json
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         ("network", [(field, _plain(network[field])) for field in _NETWORK if network.get(field)]),
         ("recipe", recipe_rows(found["recipe"] or {})),
         ("stack", stack_rows(found["stack"] or {})),
+        ("prefill in fixed chunks", static_rows(found["static"] or {})),
         ("parity", parity_rows(found["parity"] or {})),
     ):
         if rows:
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace, show) -> int:
     show.line()
     show.table(
         [(s["kind"], s["name"], s["offset"], s["bytes"], s["alignment"], "yes" if s["required"] else "no",
-          s["sha256"][:16]) for s in found["sections"]],
+          s["sha256"][:16]) for s in found["sections"] if not _is_static(s)],
         heading=("section", "name", "offset", "bytes", "aligned", "required", "sha256"),
     )  # fmt: skip
     if found["graphs"]:
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace, show) -> int:
         show.table(
             [(g["name"], g["role"], g["backend"], g["chunk"] or "any",
               f"{g['first_block']} to {g['last_block'] - 1}" if g["first_block"] < g["last_block"] else "none")
-             for g in found["graphs"]],
+             for g in found["graphs"] if not _is_static(g)],
             heading=("graph", "role", "backend", "chunk", "blocks"),
         )  # fmt: skip
     if ports := port_rows(found["graphs"]):
@@ -85,7 +86,7 @@ def describe(bundle) -> dict:
     from shoal.runtime.errors import BundleError
 
     def content(kind: str, read):
-        section = bundle.find(kind)
+        section = bundle.find(kind, "index" if kind == "static" else "")
         return read(bundle.bytes(section)) if section else None
 
     def figures(data: bytes) -> dict:
@@ -121,6 +122,7 @@ def describe(bundle) -> dict:
         "codecs": codecs(bundle),
         "recipe": checked("recipe", recipe_rows, "Convert the checkpoint again."),
         "stack": stack(bundle) if bundle.find("stack", "index") else None,
+        "static": content("static", static),
         "parity": content("parity", figures),
         "sections": [
             {"kind": s.kind, "name": s.name, "offset": s.offset, "bytes": s.length, "alignment": s.alignment,
@@ -171,6 +173,35 @@ def stack_rows(stack: dict) -> list[tuple[str, str]]:
     return rows + [
         ("perplexity", f"{value:.2f} with {entries:,} entries, {size(held)}") for entries, held, value in stack["curve"]
     ]
+
+
+def static(data: bytes) -> dict:
+    """What the index of static graphs says. Raises BundleError."""
+    from shoal.runtime.static.layout import Shadow, Static
+
+    index = Static.from_json(data)
+    shadows = [step for step in index.steps if isinstance(step, Shadow)]
+    return {
+        "backend": index.backend, "chunks": list(index.chunks), "graphs": len(index.names), "steps": len(index.steps),
+        "shadows": len(shadows), "hot": sum(len(step.hot) for step in shadows),
+        "channels": sum(step.inputs for step in shadows),
+    }  # fmt: skip
+
+
+def static_rows(static: dict) -> list[tuple[str, str]]:
+    """Static graphs for a person."""
+    if not static:
+        return []
+    chunks, hot = static["chunks"], static["hot"] / max(static["channels"], 1)
+    return [
+        ("made for", f"{static['backend']}, chunks of {', '.join(map(str, chunks))} tokens"),
+        ("graphs", f"{static['graphs']:,} for each length, {static['graphs'] * len(chunks):,} (not listed below)"),
+        ("shadows", f"{static['shadows']:,}, {static['hot']:,} hot channels ({hot:.2%})"),
+    ]
+
+
+def _is_static(entry: dict) -> bool:
+    return entry["name"].startswith("static.") and entry.get("kind", "graph") == "graph"
 
 
 def modes(data: bytes) -> dict:
@@ -227,6 +258,9 @@ def recipe_rows(recipe: dict) -> list[tuple[str, str]]:
         rungs = [f"{rung['bits']} bits" for rung in ladder["rungs"]]
         ranks = f"rank {ladder['rank']}" if ladder["rank"] else "a rank of its own for each matrix"
         rows.append(("stacked", ", ".join([*rungs, f"{ladder['blocks']} blocks of {ranks}", f"sort {ladder['sort']}"])))
+    if static := recipe.get("static"):
+        kept = f", {static['shadow']:.0%} of shadows" if static["bits"] == 8 else ""
+        rows.append(("static", f"{static['backend']}, {static['bits']} bits{kept}"))
     rows += [(pattern, format_of(rule)) for pattern, rule in recipe.get("rules", ())]
     return [(key, str(recipe[key])) for key in ("name", "method") if key in recipe] + rows
 

@@ -11,6 +11,7 @@ HELP = "show the memory that a bundle will use"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_bundle(parser)
     options.add_loading(parser, answers=False)
+    options.add_backend(parser, require=False)
     parser.add_argument("--check", action="store_true", help="load it, take a step and show what each row really holds")
     options.add_json(parser)
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, show) -> int:
     from shoal.runtime.model import load, plan
 
-    keywords = options.loading(arguments)
+    keywords = options.loading(arguments) | options.backend(arguments)
     measured: dict[str, int | None] | None = None
     if arguments.check:
         with load(arguments.bundle, progress=show.progress, **keywords) as model:
@@ -44,7 +45,8 @@ def step(model) -> None:
     if model.card.task == "embed":
         model.embed(["one"])
     else:
-        model.generate([0] * min(model.plan.chunk, model.plan.context - 2), max_tokens=2).finish()
+        longest = max(model.plan.chunk, model.scheduler.decoder.most(alone=True))
+        model.generate([0] * min(longest, model.plan.context - 2), max_tokens=2).finish()
 
 
 def _mib(count: int | None) -> str:

@@ -106,3 +106,20 @@ def test_where_the_kernel_does_not_tell(monkeypatch):
     with measure.PeakAnonymous() as peak:
         pass
     assert peak.bytes is None
+
+
+@linux
+def test_of_a_file_mapped_in_parts_those_within_a_range_count(tmp_path):
+    path, page = tmp_path / "file", mmap.ALLOCATIONGRANULARITY
+    path.write_bytes(bytes(64 * page))
+    with open(path, "rb") as file:
+        parts = [
+            mmap.mmap(file.fileno(), count * page, prot=mmap.PROT_READ, offset=first * page)
+            for first, count in ((0, 8), (16, 8), (40, 4))
+        ]
+    for part in parts:
+        assert sum(part[at] for at in range(0, len(part), page)) == 0  # touched
+    assert measure.mapped_rss(path) == 20 * page
+    assert measure.mapped_rss(path, (16 * page, 8 * page)) == 8 * page
+    assert measure.mapped_rss(path, (16 * page, 48 * page)) == 12 * page
+    assert measure.mapped_rss(path, (24 * page, 8 * page)) == 0

@@ -22,7 +22,7 @@ def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 def test_every_sample_is_here():
     tested = {"stream", "chat", "batch", "constrained", "embed", "budget", "elastic", "quickstart",
-              "edge_camera", "split_reader", "split_chat", "mixture", "train_mixture"}  # fmt: skip
+              "edge_camera", "split_reader", "split_chat", "mixture", "train_mixture", "outliers"}  # fmt: skip
     support = {"environment", "models", "reader", "wires"}
     assert {path.stem for path in SAMPLES.glob("*.py")} == tested | support
 
@@ -154,3 +154,14 @@ def test_split_chat_goes_on_after_the_edge_was_killed(smollm2_gguf):
     before, after = said.split("[the edge is killed and started again]")
     assert "The sky" in before and len(after.split()) > 20
     assert "the last block run by the edge, desk, over tcp" in after
+
+
+def test_outliers_are_measured(tmp_path):
+    said = run(SAMPLES / "outliers.py", ROOT / "tests" / "data" / "tiny" / "qwen2", "--tokens", 256, "--json",
+               tmp_path / "figures.json").stdout  # fmt: skip
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {"float", "int8 weights, float inputs", "shadow 100%", "shadow 0%", "no shadow, absmax"} < set(
+        figures["figures"]
+    )
+    assert "shadow 25%" in said and 0 <= figures["beyond"] <= 0.01 and figures["figures"]["float"][1] == 1
+    assert figures["figures"]["16 bits, absmax"][1] > 0.9

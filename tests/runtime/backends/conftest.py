@@ -19,9 +19,9 @@ def value(name, dims, kind=F):
     return helper.make_tensor_value_info(name, kind, dims)
 
 
-def build(nodes, inputs, outputs, weights=()):
-    """ModelProto bytes; `weights` are name -> array."""
-    tensors = [numpy_helper.from_array(array, name) for name, array in dict(weights).items()]
+def build(nodes, inputs, outputs, weights=(), elsewhere=()):
+    """ModelProto bytes; `weights` are name -> array, `elsewhere` further TensorProtos."""
+    tensors = [numpy_helper.from_array(array, name) for name, array in dict(weights).items()] + list(elsewhere)
     graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -54,13 +54,19 @@ def webgpu():
         yield _chosen("gpu:webgpu")
 
 
-@pytest.fixture(scope="session")
-def feed_forward():
-    """(graph, feeds) of a gated feed-forward block, W8A8 by QuantizeLinear and DequantizeLinear: activations uint8,
-    weights int8, a scale a tensor."""
-    rng = np.random.default_rng(0)
-    hidden, inner, rows = 64, 128, 32
-    nodes, weights = [], {}
+def external(name, array, location, offset):
+    """A TensorProto of int8 whose bytes are elsewhere."""
+    tensor = TensorProto(name=name, data_type=TensorProto.INT8, dims=array.shape, data_location=TensorProto.EXTERNAL)
+    for key, text in (("location", location), ("offset", str(offset)), ("length", str(array.nbytes))):
+        tensor.external_data.add(key=key, value=text)
+    return tensor
+
+
+def block(rows, hidden=64, inner=128, rng=None, location=None):
+    """(graph, bytes of its weights) of a gated feed-forward block, W8A8 by QuantizeLinear and DequantizeLinear:
+    activations uint8, weights int8, a scale a tensor. With `location` the matrices are external data there."""
+    rng = rng or np.random.default_rng(0)
+    nodes, weights, elsewhere, blob = [], {}, [], bytearray()
 
     def scale(name, number, zero, kind):
         weights[f"{name}.scale"] = np.array(number, np.float32)
@@ -75,7 +81,12 @@ def feed_forward():
         return f"{name}.d"
 
     def linear(name, x, inputs, outputs):
-        weights[name] = rng.integers(-127, 128, (inputs, outputs), np.int8)
+        matrix = rng.integers(-127, 128, (inputs, outputs), np.int8)
+        if location is None:
+            weights[name] = matrix
+        else:
+            elsewhere.append(external(name, matrix, location, len(blob)))
+            blob.extend(matrix.tobytes())
         scale(name, 0.02 / np.sqrt(inputs), 0, np.int8)
         ends = [f"{name}.scale", f"{name}.zero"]
         nodes.append(helper.make_node("DequantizeLinear", [name, *ends], [f"{name}.w"], name=f"{name}.w"))
@@ -90,5 +101,12 @@ def feed_forward():
     down = linear("down", quantized("h"), inner, hidden)
     nodes.append(helper.make_node("Add", [x, down], ["sum"], name="sum"))
     y = quantized("sum", number=0.1)
-    graph = build(nodes, [value("x", [rows, hidden])], [value(y, [rows, hidden])], weights)
-    return graph, {"x": rng.standard_normal((rows, hidden)).astype(np.float32)}
+    ports = [value("x", [rows, hidden])], [value(y, [rows, hidden])]
+    return build(nodes, *ports, weights, elsewhere), bytes(blob)
+
+
+@pytest.fixture(scope="session")
+def feed_forward():
+    """(graph, feeds) of such a block of 32 rows."""
+    rng = np.random.default_rng(0)
+    return block(32, rng=rng)[0], {"x": rng.standard_normal((32, 64)).astype(np.float32)}

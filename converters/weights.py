@@ -69,7 +69,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Factors:
-    """What channels are multiplied by on the way, by tensor name: `rows` [outputs] of a matrix or entries of a norm or bias,
+    """What channels are multiplied by on the way, by tensor name: `rows` [outputs] of a matrix, a norm or a bias,
     `columns` [inputs] of a matrix."""
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from ..weights import Weights
 
 Names = tuple[str, ...]
 Emit = Callable[[GraphBuilder, Names, ir.Value, ir.Value | None], ir.Value]  # (graph, matrices, x, bias) -> product
-_ATTENTION = "CachedAttention"
+_ATTENTION, _PARTS = "CachedAttention", ("key", "value")
 ANY = "rows"  # of the CPU's graphs
 
 
@@ -124,7 +124,7 @@ def cut(recorder: Recorder, shadowed: set[Names]) -> Cut:
         nodes = tuple(waiting)
         waiting.clear()
         block, last = _block(nodes[0]), _block(nodes[-1])
-        count = count + 1 if found.steps and _block_of(found.steps[-1]) == block else 0
+        count = count + 1 if found.steps and found.steps[-1].block == block else 0
         takes = {value: names.of[value] for node in nodes for value in node.inputs if value and value in names.of}
         parts = [_part(recorder.products[node]) for node in nodes if node in recorder.products]
         label = "-".join([f"{block}.{count}", *parts])
@@ -209,9 +209,6 @@ def attention(recorder: Recorder, one: Attention, width: int, kind: str, scales:
     return g.serialize()
 
 
-_PARTS = ("key", "value")
-
-
 class _Names:
     """What values are called: after their part in a block, and otherwise only where that one is still to be read."""
 
@@ -262,10 +259,6 @@ def _width(recorder: Recorder, value: ir.Value) -> int:
 
 def _block(node: ir.Node) -> int:
     return int(str(node.name).partition("/")[0])
-
-
-def _block_of(step: Part | Attention) -> int:
-    return step.block
 
 
 def _part(names: Names) -> str:

@@ -28,6 +28,7 @@ from .graphs import Attention, Cut, Names, Part, Recorder, attention, cut, part
 from .scales import Fit, Seen, round_weights, with_shadow, without_shadow
 
 KINDS = ("fp32", "fp16", "int8")  # of caches
+_SHADOW = ".shadow"  # behind a value's name: what its shadow gives
 _SPARE = 64  # entries of a bundle that other parts may want
 
 
@@ -99,11 +100,13 @@ def add(
         return _product(g, one, one.shadow if names in shadowed else one.alone, x, bias, chosen.backend)
 
     steps = _steps(recorder, found, products, shadowed)
-    shadows = {step.gives.removesuffix(_SHADOW): step.gives for step in steps if isinstance(step, Shadow)}
+    taken = {step.name: set(step.takes) for step in steps if isinstance(step, Call)}
     parts = [step for step in found.steps if isinstance(step, Part)]
     made: dict[str, bytes] = {}
     for at, one in enumerate(parts):
         progress(Event("static", at, len(parts), one.name, "graphs"))
+        both = {name + _SHADOW for name in one.takes.values()} & taken[one.name]
+        shadows = {name.removesuffix(_SHADOW): name for name in sorted(both)}
         for chunk in chosen.chunks:
             name = layout.graph_name(one.name, chunk)
             made[name] = part(recorder, one, chunk, shadows, found.widths, emit)
@@ -119,9 +122,6 @@ def add(
     index = layout.Static(chosen.backend, chosen.chunks, widths, tuple(steps), found.stream, "head")
     writer.add(layout.KIND, "index", index.to_json())
     return made
-
-
-_SHADOW = ".shadow"
 
 
 def _steps(recorder: Recorder, found: Cut, products: Mapping[Names, Product], shadowed: set[Names]) -> list[Step]:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="OUT", help="the bundle to write (default: SOURCE.RECIPE.shoal, here)")
     parser.add_argument(
         "--recipe", default="int4", metavar="NAME|FILE.toml",
-        help="fp32, int8, int4 (the default), int4-gptq, int3-gptq, int2-gptq, bitstack (grows and shrinks as it "
+        help="fp32, int8, int4 (the default), int4-gptq, int3-gptq, int2-gptq, npu, bitstack (grows and shrinks as it "
              "runs), hybrid (the same with integers from 3 bits on), auto (what is best at --memory), or split (cut "
              "between a device and an edge; a .toml file with a table [split] says how)",
     )  # fmt: skip

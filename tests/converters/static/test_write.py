@@ -203,6 +203,20 @@ def test_in_float_the_decode_graphs_matrices_serve_both(made):
         assert np.linalg.norm(static.run(TOKENS) - expected) < 0.05 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smoothing_by_peaks_changes_nothing_in_float_biases_and_shared_heads_included(made, tiny, tmp_path, family):
+    chosen = dataclasses.replace(NAMED["fp32"], smooth=True, static=Static(chunks=(CHUNK,)))
+    convert(tiny / family, tmp_path / "a.shoal", chosen, check_parity=False)
+    expected = decoded(made(family, bits=32))
+    assert np.abs(decoded(tmp_path / "a.shoal") - expected).max() <= 1e-5 * np.abs(expected).max()
+    with runner(tmp_path / "a.shoal") as smooth, runner(made(family)) as plain:
+        errors = [
+            np.mean([one.scale for one in static.index.steps if isinstance(one, layout.Shadow)])
+            for static in (smooth, plain)
+        ]
+        assert errors[0] < errors[1]
+
+
 def test_two_conversions_give_the_same_bytes(made, tiny, tmp_path):
     chosen = dataclasses.replace(NAMED["npu"], static=Static(chunks=(CHUNK, WHOLE)))
     convert(tiny / "llama", tmp_path / "again.shoal", chosen, check_parity=False)

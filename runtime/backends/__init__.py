@@ -13,7 +13,7 @@ import os
 import pkgutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import providers, session
@@ -163,44 +163,68 @@ def open_graphs(
 ) -> tuple[dict[str, session.Session], Placement]:  # fmt: skip
     """Opens many graphs of static shapes on one device, which run one at a time; `share` is of the nodes of all.
 
-    They are surveyed in one child, unless they were `surveyed` before: a child that opens all of them takes as long as
-    opening them does. They share `worker`, which the caller closes after them; the rest is as in open_graph.
+    One of each kind is surveyed, all in one child, unless they were `surveyed` before: graphs of blocks differ in their
+    weights alone, and a child that opens all of them takes as long as opening them does. They share `worker`, which
+    the caller closes after them; the rest is as in open_graph.
     """
     opened: dict[str, session.Session] = {}
     nodes: list[placement.Node] = []
-    before: list[Placement | None] = [None] * len(graphs)
+    before: dict[str, Placement] = {}
     target, provider = None, CPU
     if device is not None:
         provider = device.listed.provider
         if not surveyed:
-            progress(Event("survey", 0, len(graphs), device.title, "graphs"))
-            before = list(_survey(device, list(graphs.values()), places, None, patience + 2.0 * len(graphs)))
-            Placement(device.backend, provider, tuple(node for one in before if one for node in one.nodes)).check(share)
+            kinds = {name: _kind(session.read(graph, places)) for name, graph in graphs.items()}
+            first = {kind: name for name, kind in reversed(kinds.items())}
+            progress(Event("survey", 0, len(first), device.title, "graphs"))
+            tried = [graphs[name] for name in first.values()]
+            found = dict(zip(first, _survey(device, tried, places, None, patience + 10.0 * len(tried)), strict=True))
+            before = {name: found[kind] for name, kind in kinds.items()}
+            every = tuple(node for one in before.values() for node in one.nodes)
+            Placement(device.backend, provider, every).check(share)
         if device.library:
             providers.register(provider, device.library)
         target = session.Target(device.listed, device.settings, share >= 1, patience, worker)
     try:
-        for (name, graph), rehearsed in zip(graphs.items(), before, strict=True):
+        for name, graph in graphs.items():
             progress(Event("open", len(opened), len(graphs), name, "graphs"))
             opened[name] = session.open_graph(graph, places, threads=threads, target=target, shared=True)
-            nodes += _nodes(opened[name], rehearsed)
-        found = Placement(device.backend if device else "cpu", provider, tuple(nodes))
-        found.check(share)
+            nodes += _nodes(opened[name], before.get(name))
+        placed = Placement(device.backend if device else "cpu", provider, tuple(nodes))
+        placed.check(share)
     except BaseException:
         for one in opened.values():
             one.close()
         raise
-    return opened, found
+    return opened, placed
+
+
+def _kind(model: Model) -> tuple:
+    """What two graphs have in common that differ in weights and names alone, as far as a device looks at it: operators
+    with their attributes, and shapes."""
+    values = {tensor.name: ("weight", tensor.dtype, tensor.dims) for tensor in model.tensors}
+    wires: dict[str, int] = {}
+    nodes = tuple(
+        (node.op, node.domain, tuple(sorted(node.integers.items())), tuple(sorted(node.floats)),
+         tuple(values.get(name) or wires.setdefault(name, len(wires)) for name in node.inputs), len(node.outputs),
+         [wires.setdefault(name, len(wires)) for name in node.outputs][0])
+        for node in model.nodes
+    )  # fmt: skip
+    return nodes, tuple((port.dtype, port.dims) for side in ports(model) for port in side)
 
 
 def _nodes(opened: session.Session, before: Placement | None) -> tuple[placement.Node, ...]:
-    """What counts is this session, not the rehearsal; reasons are the rehearsal's."""
-    said = {(node.provider, node.op, node.domain, node.name): node for node in (before.nodes if before else ())}
-    return tuple(
-        said.get((one.provider, one.op, one.domain, one.name))
-        or placement.Node(one.name, one.op, one.domain, one.provider)
-        for one in opened.assigned()
-    )
+    """What counts is this session, not the rehearsal; reasons are the rehearsal's, of the node itself or, where another
+    graph of its kind was tried, of one like it."""
+    known = before.nodes if before else ()
+    said = {(node.provider, node.op, node.domain, node.name): node for node in known}
+    like = {(node.provider, node.op, node.domain): node for node in known}
+    found = []
+    for one in opened.assigned():
+        kind = (one.provider, one.op, one.domain)
+        node = said.get((*kind, one.name)) or like.get(kind) or placement.Node(one.name, *kind[1:], one.provider)
+        found.append(replace(node, name=one.name))
+    return tuple(found)
 
 
 def plugins() -> dict[str, str] | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import measure
-from ..errors import BackendError, ShoalError
+from ..errors import BackendError, BudgetError, ShoalError
 from ..events import Event, Progress, silent
 from ..executor import execute
 from ..schedule import Run, Schedule, Task
@@ -57,7 +57,11 @@ class Lane:
     def __init__(self, static: Static):
         rows, widths = static.chunks[-1], {**static.widths, _SUM: sum_width(static)}
         # One block, and filled, so that its pages are there and nothing can fail later
-        self._block = np.full(sum(_aligned(rows * width) for width in widths.values()), 0, np.float32)
+        try:
+            self._block = np.full(lane_bytes(static) // 4, 0, np.float32)
+        except (MemoryError, ValueError) as error:
+            what = f"The buffers for chunks of {rows} tokens cannot be allocated."
+            raise BudgetError(what, str(error), "Load it with prefill='dynamic'.") from None
         self._arrays, at = {}, 0
         for name, width in widths.items():
             self._arrays[name] = self._block[at : at + rows * width].reshape(rows, width)

@@ -166,7 +166,9 @@ def test_on_the_cpu_auto_measures_once_and_remembers(static_bundle, plain, monke
     ids = prompt(30)
     with shoal.load(static_bundle, context=200) as model:
         first = model.prefill.times
-        assert set(first.steps) == {4, 8} and first.each > 0
+        assert set(first.steps) == {4, 8} and all(
+            len(one) == len(model.prefill.static.steps) for one in first.steps.values()
+        )
         assert answer(model, ids) == answer(plain, ids)
     monkeypatch.setattr("shoal.runtime.static.profile.measure", lambda *a: pytest.fail("measured again"))
     with shoal.load(static_bundle, context=200) as model:
@@ -218,7 +220,8 @@ def test_a_device_takes_the_chunks_and_the_cpu_the_answers(npu, npu_bundle, plai
         for length in LENGTHS:
             ids = prompt(length)
             assert answer(model, ids) == answer(plain, ids)
-    assert {event.stage for event in events} >= {"survey", "open"}
+    # Blocks differ in weights alone: of 15 graphs for each of 2 lengths 5 are tried in a child
+    assert {event.stage: event.total for event in events}.items() >= {("survey", 10), ("open", 30)}
     events.clear()
     with shoal.load(npu_bundle, context=200, backend="npu", prefill="static", progress=events.append) as model:
         assert "survey" not in {event.stage for event in events}  # it opened them before

@@ -102,7 +102,14 @@ def find(
     """
     if device is None or device.provider not in context.COMPILERS:
         return None
-    here, stamp, why = context.identity(device), source(bundle.sections, graphs), []
+    stamp, why = source(bundle.sections, graphs), []
+    try:
+        here = context.identity(device)
+    except BackendError as error:
+        if strict:
+            raise
+        _as_they_are(error, len(graphs), progress)
+        return None
     names = {one.name for one in graphs}
     if device.library:
         providers.register(device.listed.provider, device.library)
@@ -132,8 +139,12 @@ def find(
     try:
         return device_cache.found_or_made(folder, lambda: _reuse(folder, name, names), make, progress)
     except (BackendError, StorageError) as error:
-        progress(Event("compile", 0, len(graphs), f"opened as they are: {error.what} {error.why}", "graphs"))
+        _as_they_are(error, len(graphs), progress)
         return None
+
+
+def _as_they_are(error: BackendError | StorageError, graphs: int, progress: Progress) -> None:
+    progress(Event("compile", 0, graphs, f"opened as they are: {error.what} {error.why}", "graphs"))
 
 
 def _make(

@@ -219,6 +219,7 @@ def plan(
 def _required(backend: str, require: Mapping[str, float]) -> tuple[str, float]:
     """The backend that is meant, and the share of the nodes that must run there. Raises UsageError."""
     check_required(require)
+    backends.check(backend)
     named, *more = [*require, ""]
     if require and (len(more) > 1 or (backend != "auto" and backend.partition(":")[0] != named)):
         raise UsageError(

@@ -57,19 +57,25 @@ def discover(names: tuple[str, ...] = NAMES, seconds: float = probe.SECONDS) -> 
     return backends
 
 
+def check(name: str) -> None:
+    """Raises UsageError for a `name` that `choose` does not know; looks for no device."""
+    backend, _, provider = name.partition(":") if isinstance(name, str) else ("", "", "")
+    known = [one.name for one in _module(backend).PROVIDERS] if backend in NAMES else []
+    if name not in ("auto", "cpu") and (not known or backend == "cpu" or (":" in name and provider not in known)):
+        why = f"Of {backend} there is {', '.join(known)}." if known else "It is one of auto, cpu, gpu and npu."
+        raise UsageError(f"There is no backend {name!r:.60}.", why, "Name one, or a provider with it: npu:qnn.")
+
+
 def choose(name: str, seconds: float = probe.SECONDS) -> Device | None:
     """The device for `name`: auto, cpu (None), gpu, npu, or one provider's, as npu:qnn.
 
     A simulated device is taken only where its provider is named. Raises UsageError for another word, BackendError
     where there is no device, which says what each provider lacks.
     """
-    backend, _, provider = name.partition(":") if isinstance(name, str) else ("", "", "")
+    check(name)
     if name in ("auto", "cpu"):
         return None
-    known = [one.name for one in _module(backend).PROVIDERS] if backend in NAMES else []
-    if not known or backend == "cpu" or (":" in name and provider not in known):
-        why = f"Of {backend} there is {', '.join(known)}." if known else "It is one of auto, cpu, gpu and npu."
-        raise UsageError(f"There is no backend {name!r:.60}.", why, "Name one, or a provider with it: npu:qnn.")
+    backend, _, provider = name.partition(":")
     (found,) = discover((backend,), seconds)
     devices = [device for device in found.devices if provider in ("", device.provider)]
     absent = [one for one in found.absent if provider in ("", one.provider)]

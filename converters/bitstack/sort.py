@@ -20,6 +20,9 @@ from .stacks import Stacks, step_bytes
 
 _LEAST = 1e-12
 _JUDGED = (0.05, 0.1, 0.2)
+# What a model half on one rung and half on the next has above the line between the two (measured: 1.6 % of the
+# perplexity on Qwen): a rung no further above it than that is still worth stopping at
+_MIXED = 0.02
 
 
 def orders(
@@ -97,9 +100,9 @@ def _best(stacks: Stacks, orders: Sequence[list[int]], judge: Meter, progress: P
 
 
 def drop_rivals(stacks: Stacks, judge: Meter, progress: Progress = silent) -> None:
-    """Drops the rungs of no more bits than the first blocks that lie above the line between those beside them, bytes
-    against the logarithm of the perplexity of the model that has them everywhere: whoever goes from less to more is as
-    well off without. By matrices' errors that is not to be seen (`worthwhile`)."""
+    """Drops the rungs of no more bits than the first blocks that lie clearly above the line between those beside them,
+    bytes against the logarithm of the perplexity of the model that has them everywhere: whoever goes from less to more
+    is as well off without. By matrices' errors that is not to be seen (`worthwhile`)."""
     floor, rivals = stacks.ladder.floor, stacks.ladder.rivals
     if not rivals or rivals == len(stacks.ladder.rungs):
         return
@@ -122,11 +125,11 @@ def drop_rivals(stacks: Stacks, judge: Meter, progress: Progress = silent) -> No
 
 
 def _above(point: tuple, less: tuple, more: tuple) -> bool:
-    """Whether a point (bytes, loss, ..) is not below the line between two others, or no line is there."""
+    """Whether a point (bytes, loss, ..) is clearly above the line between two others, or no line is there."""
     if not less[0] < point[0] < more[0]:
         return True
     share = (point[0] - less[0]) / (more[0] - less[0])
-    return not point[1] < less[1] + share * (more[1] - less[1])
+    return not point[1] < less[1] + share * (more[1] - less[1]) + _MIXED
 
 
 def sensitivities(stacks: Stacks, meter: Meter, progress: Progress = silent) -> tuple[list[float], list[float]]:

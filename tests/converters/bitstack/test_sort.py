@@ -38,6 +38,8 @@ def test_the_order_is_taken_that_the_judge_finds_best(monkeypatch):
         ([4.0, 3.9, 3.8, 3.2], [2, 5]),  # the second alone would be below the first
         ([4.0, 4.5, 3.5, 3.2], [2, 4, 5]),
         ([4.0, 3.7, 3.9, 3.2], [2, 3, 5]),
+        ([4.0, 3.81, 3.61, 3.2], [2, 3, 4, 5]),  # above by less than a mixture of the others has
+        ([4.0, 3.81, 3.64, 3.2], [2, 3, 5]),
     ],
 )
 def test_rungs_of_few_bits_stay_where_a_whole_model_gains_by_them(monkeypatch, losses, kept):

@@ -94,6 +94,11 @@ def backend(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def nodes(model) -> str:
+    """How many nodes of a model's graphs run where."""
+    return ", ".join(f"{count} nodes on {name}" for name, count in model.backend_nodes.items())
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How a token is chosen. The defaults are greedy: the same answer every time."""
     group = parser.add_argument_group("sampling")

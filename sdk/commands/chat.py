@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampling(parser)
     options.add_loading(parser, slots=False)
     options.add_threads(parser)
+    options.add_backend(parser)
 
 
 def run(arguments: argparse.Namespace, show) -> int:
@@ -27,10 +28,13 @@ def run(arguments: argparse.Namespace, show) -> int:
     from shoal.runtime.model import load
 
     keywords = options.sampling(arguments)
-    with load(arguments.bundle, progress=show.progress, **options.loading(arguments)) as model:
+    where = options.backend(arguments)
+    with load(arguments.bundle, progress=show.progress, **options.loading(arguments), **where) as model:
         if model.card.task != "generate":
             raise UsageError(f"{model.card.name} cannot chat.", "It embeds texts.", "Use: shoal run BUNDLE TEXT.")
         options.follow(model, arguments)
+        if where:
+            show.note(options.nodes(model))
         show.note(f"{model.card.name}, context {model.plan.context} tokens\n{_HELP}")
         _converse(model, arguments.system, keywords, show)
     return 0

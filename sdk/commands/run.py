@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace, show) -> int:
     where = options.backend(arguments)
     with load(arguments.bundle, progress=show.progress, **options.loading(arguments), **where) as model:
         if where:
-            show.note(", ".join(f"{count} nodes on {name}" for name, count in model.backend_nodes.items()))
+            show.note(options.nodes(model))
         options.follow(model, arguments)
         if model.card.task == "embed":
             return _embed(model, prompt, show)

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log-requests", action="store_true", help="one line for each request on stderr")
     options.add_loading(parser)
     options.add_threads(parser)
+    options.add_backend(parser)
 
 
 def run(arguments: argparse.Namespace, show) -> int:
@@ -62,15 +63,18 @@ def run(arguments: argparse.Namespace, show) -> int:
         level=logging.INFO if arguments.log_requests else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",
     )
+    where = options.backend(arguments)
     key = _key(arguments, show)
     _few_arenas()
     with contextlib.ExitStack() as stack:
         bound = stack.enter_context(bind(arguments.host, arguments.port))
         models = {
-            name: stack.enter_context(load(bundle, progress=show.progress, **_loading(bundle, arguments)))
+            name: stack.enter_context(load(bundle, progress=show.progress, **_loading(bundle, arguments), **where))
             for name, bundle in zip(names, arguments.bundles, strict=True)
         }
         for name, model in models.items():
+            if where:
+                show.note(f"{name}: {options.nodes(model)}")
             if model.card.task == "generate":
                 options.follow(model, arguments, on_change=_logged(name))
         service = Service(models, Limits(arguments.queue, arguments.timeout))

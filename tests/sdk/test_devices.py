@@ -60,3 +60,15 @@ def test_what_cannot_be_required_is_refused_before_anything_is_loaded(capsys, wo
 def test_where_the_nodes_ran_is_told(capsys, tiny_bundle):
     out, said = shoal(capsys, "run", tiny_bundle, "hello", "--max-tokens", 2, "--backend", "cpu", "--context", 64)
     assert out and "nodes on CPUExecutionProvider" in said
+
+
+def test_chat_takes_a_backend_too(capsys, static_bundle, monkeypatch):
+    lines = iter(["hello there, how are you?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    words = ("--prefill", "static", "--backend", "cpu", "--max-tokens", 4, "--context", 64)
+    answer, said = shoal(capsys, "chat", static_bundle, *words)
+    assert answer.strip() and "nodes on CPUExecutionProvider" in said
+    for verb in ("chat", "serve"):
+        out, said = shoal(capsys, verb, static_bundle, "--backend", "npu", code=7)
+        assert not out and "There is no npu" in said
+        shoal(capsys, verb, "absent.shoal", "--require", "npu=2", code=2)

@@ -87,6 +87,15 @@ def client(server) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def test_prompts_go_through_static_graphs_where_asked(static_bundle):
+    server = Server(str(static_bundle), "--context", "64", "--prefill", "static", "--backend", "cpu")
+    with server.client() as client:
+        name = client.models.list().data[0].id
+        reply = client.completions.create(model=name, prompt="hello there", max_tokens=4)
+    assert reply.usage.completion_tokens == 4 and server.stop() == 0
+    assert any(line.startswith(f"{name}: ") and "nodes on CPUExecutionProvider" in line for line in server.said)
+
+
 def refusal(call, **arguments) -> dict:
     with pytest.raises(openai.APIStatusError) as caught:
         call(**arguments)

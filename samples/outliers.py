@@ -3,8 +3,9 @@
 Of a decoder whose matrices are rounded to int8, a scale an output channel, it measures perplexity of held-out text and
 how often the most likely token is that of the checkpoint in float, with inputs of products in float, in int8 with one
 static scale a tensor, with what clipping takes away restored (the shadow of llm.npu, Xu et al., ASPLOS 2025) for all
-products or for the most important, and with outliers spread by a Hadamard rotation of 64 channels instead. Rounding
-is done in a float graph, with the very numbers that `shoal convert --recipe npu` writes.
+products or for the most important, with outliers spread by a Hadamard rotation of 64 channels instead, and with the
+rows behind gates as large as they are. Rounding is done in a float graph, with the very numbers that `shoal convert
+--recipe npu` writes.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from shoal.converters.calibrate import calibration_rows, smooth
 from shoal.converters.graph import GraphBuilder
 from shoal.converters.recipe import NAMED
 from shoal.converters.sources import open_source
-from shoal.converters.static.scales import Seen, largest, round_weights, with_shadow, without_shadow
+from shoal.converters.static import graphs
+from shoal.converters.static.scales import Seen, even, largest, round_weights, with_shadow, without_shadow
 from shoal.converters.text import HELDOUT
 from shoal.converters.walk import Scratch, Walk, opened
 from shoal.converters.weights import Factors, Stored
@@ -42,11 +44,12 @@ def hadamard(x: np.ndarray) -> np.ndarray:
 
 class Simulated(GraphBuilder):
     """A decoder whose matrices are rounded and whose products round their inputs as `scales`, `low` and `high` say,
-    fp32 [products]."""
+    fp32 [products]; behind a gate rows are made even before, with `evens`."""
 
-    def __init__(self, weights, products: int, rotate: bool, exact: bool):
+    def __init__(self, weights, products: int, rotate: bool, evens: bool, exact: bool):
         super().__init__("simulated", weights)
-        self.rotate, self.exact, self.at = rotate, exact, 0
+        self.rotate, self.evens, self.exact, self.at = rotate, evens, exact, 0
+        self.gates = set()
         if not exact:
             self.controls = [
                 self.op("Split", self.input(name, "float32", [products]), count=products, axis=0, num_outputs=products)
@@ -60,7 +63,10 @@ class Simulated(GraphBuilder):
             codes, scales = round_weights(hadamard(rows) if self.rotate else rows)
             rows = codes * scales[:, None]
         x = self.rms(x, norm) if norm else x
+        size = None
         if not self.exact:
+            if self.evens and x in self.gates:
+                x, size = graphs.even(self, x)
             if self.rotate:
                 blocks = self.op("Reshape", x, self.constant([0, 0, -1, 64]))
                 turned = self.op("MatMul", blocks, self.constant(hadamard(np.eye(64, dtype=np.float32)), np.float32))
@@ -74,12 +80,15 @@ class Simulated(GraphBuilder):
         sink.write(np.ascontiguousarray(rows, np.float32))
         stored = Stored(f"{names[0]}.simulated", "float32", rows.shape, start, rows.nbytes)
         y = self.op("FusedMatMul", x, self.external(stored), domain="com.microsoft", transB=1)
+        y = y if size is None else self.op("Mul", y, size)
         if bias:
             y = self.op("Add", y, self.external(self.weights.stacked(tuple(f"{name}.bias" for name in names))))
         return y if residual is None else self.op("Add", y, residual)
 
     def gated(self, names, x, activation, after, norm, role="linear"):
-        return self.gate(self.linear(names, x, norm=norm), activation)
+        gated = self.gate(self.linear(names, x, norm=norm), activation)
+        self.gates.add(gated)
+        return gated
 
 
 class Model:
@@ -96,7 +105,7 @@ class Model:
         with Scratch(self.source, self.folder) as scratch:
             return smooth(self.architecture, self.card, scratch.weights, self.all_rows, self.folder, peaks=True)
 
-    def fits(self, factors: Factors | None, rotate: bool) -> list[dict]:
+    def fits(self, factors: Factors | None, rotate: bool, evens: bool) -> list[dict]:
         """Of each product, in the graph's order: its scales with and without a shadow, and of its largest value."""
         walk, found = Walk(self.architecture, self.card, self.rows), []
         for block in range(self.card.blocks):
@@ -104,6 +113,7 @@ class Model:
             with Scratch(self.source, self.folder, factors=factors) as scratch:
                 for inputs in walk.inputs(one, scratch):
                     for names, x in inputs.items():
+                        x = even(x) if evens and names[0].endswith(".down_proj") else x
                         x = hadamard(x) if rotate else x
                         seen.setdefault(names, Seen()).add(x, len(self.rows))
                 walk.advance(one, scratch)
@@ -122,13 +132,15 @@ class Model:
                     })  # fmt: skip
         return found
 
-    def figures(self, texts, factors, rotate, controls: dict[str, dict | None], best: list | None) -> Iterator:
+    def figures(
+        self, texts, factors, rotate, evens, controls: dict[str, dict | None], best: list | None
+    ) -> Iterator:  # fmt: skip
         """(name, perplexity, top-1 agreement, what is most likely) for each way to round; `best` has what is to agree
         with."""
         exact = None in controls.values()
         count = 0 if exact else len(next(iter(controls.values()))["scales"])
         with Scratch(self.source, self.folder, factors=factors) as scratch:
-            g = Simulated(scratch.weights, count, rotate, exact)
+            g = Simulated(scratch.weights, count, rotate, evens, exact)
             self.architecture.build(g, self.card, range(self.card.blocks))
             walk = Walk(self.architecture, self.card, texts)
             with opened(g.serialize(), scratch.places, False) as session:
@@ -167,16 +179,16 @@ def measure(checkpoint: Path, tokens: int) -> dict:
         found: dict = {"checkpoint": checkpoint.name, "tokens": sum(map(len, texts)), "figures": {}}
         best = None
 
-        def take(factors, rotate, wanted, prefix=""):
+        def take(factors, rotate, evens, wanted, prefix=""):
             nonlocal best
-            for name, perplexity, agreed, chosen in model.figures(texts, factors, rotate, wanted, best):
+            for name, perplexity, agreed, chosen in model.figures(texts, factors, rotate, evens, wanted, best):
                 best = best or chosen
                 found["figures"][prefix + name] = (perplexity, agreed)
                 print(f"{prefix + name:40} perplexity {perplexity:10.3f}   top-1 {agreed:6.1%}", flush=True)
 
-        take(None, False, {"float": None})
+        take(None, False, False, {"float": None})
         factors = model.factors()
-        fits = model.fits(factors, False)
+        fits = model.fits(factors, False, True)
         sixteen = controls(fits, 0.0, "largest")
         wanted = {"int8 weights, float inputs": controls(fits, None)}
         for beyond in [f"{share:.0%}" for share in MORE]:
@@ -190,21 +202,24 @@ def measure(checkpoint: Path, tokens: int) -> dict:
             "low": sixteen["low"] * 256,
             "high": sixteen["high"] * 256,
         }
-        take(factors, False, wanted)
+        take(factors, False, True, wanted)
         inputs = sum(fit["inputs"] for fit in fits)
         found["beyond"], found["hot"] = (sum(fit[key] for fit in fits) / inputs for key in ("beyond", "hot"))
         found["products"] = [{**fit, "names": list(fit["names"])} for fit in fits]
         print(f"channels beyond the clip {found['beyond']:.2%} in a chunk, hot {found['hot']:.2%}", flush=True)
         turns = all(fit["inputs"] % 64 == 0 for fit in fits)
-        for prefix, used, rotate in (("rotated, ", factors, True), ("not smoothed, ", None, False)):
+        for prefix, used, rotate, evens in (
+            ("rotated, ", factors, True, True), ("not even, ", factors, False, False),
+            ("rotated, not even, ", factors, True, False), ("not smoothed, ", None, False, True),
+        ):  # fmt: skip
             if rotate and not turns:
                 continue
-            fits = model.fits(used, rotate)
+            fits = model.fits(used, rotate, evens)
             wanted = {
                 "int8 weights, float inputs": controls(fits, None), "shadow 100%": controls(fits, 1.0),
-                "shadow 0%": controls(fits, 0.0),
+                "shadow 0%": controls(fits, 0.0), "no shadow, absmax": controls(fits, 0.0, "largest"),
             }  # fmt: skip
-            take(used, rotate, wanted, prefix)
+            take(used, rotate, evens, wanted, prefix)
         return found
 
 

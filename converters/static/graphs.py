@@ -17,6 +17,7 @@ from shoal.runtime.static.layout import TOKENS
 
 from ..graph import GraphBuilder, Norm
 from ..weights import Weights
+from .scales import LEAST_SIZE
 
 Names = tuple[str, ...]
 Emit = Callable[[GraphBuilder, Names, ir.Value, ir.Value | None], ir.Value]  # (graph, matrices, x, bias) -> product
@@ -59,11 +60,15 @@ class Cut:
 
 class Recorder(GraphBuilder):
     """Takes down what an architecture builds: a product is one node, of which `products` has the matrices' names.
-    Embedding and head are graphs of their own, for the CPU."""
+    Embedding and head are graphs of their own, for the CPU. With `even`, the product behind a gate, before which there
+    is no norm, takes rows that were made even (`scales.even`), and what it gives is multiplied by their sizes; its
+    names are in `evened`."""
 
-    def __init__(self, card: Card, weights: Weights):
+    def __init__(self, card: Card, weights: Weights, even: bool):
         super().__init__(card.name, weights)
-        self.card = card
+        self.card, self.even = card, even
+        self.evened: set[Names] = set()
+        self._gates: set[ir.Value] = set()
         self.products: dict[ir.Node, Names] = {}
         self.ends: dict[str, GraphBuilder] = {}
         self.first: ir.Value | None = None
@@ -79,14 +84,23 @@ class Recorder(GraphBuilder):
     ) -> ir.Value:  # fmt: skip
         names = (names,) if isinstance(names, str) else names
         offset = self.external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
-        y = self.op("Product", self.rms(x, norm) if norm else x, offset)
+        size = None
+        if self.even and x in self._gates:
+            x, size = even(self, x)
+            self.evened.add(names)
+        y = self.op("Product", self.rms(x, norm) if norm else x, None if size else offset)
         self.products[y.producer()] = names
+        if size is not None:
+            y = self.op("Mul", y, size)
+            y = y if offset is None else self.op("Add", y, offset)
         return y if residual is None else self.op("Add", y, residual)
 
     def gated(
         self, names: tuple[str, str], x: ir.Value, activation: str, after: str, norm: Norm | None, role: str = "linear"
     ) -> ir.Value:
-        return self.gate(self.linear(names, x, role=role, after=after, norm=norm), activation)
+        gated = self.gate(self.linear(names, x, role=role, after=after, norm=norm), activation)
+        self._gates.add(gated)
+        return gated
 
     def embed(self, name: str, tokens: ir.Value, scale: float = 1.0, tied: bool = False) -> ir.Value:
         g = self.ends["embed"] = GraphBuilder("embed", self.weights)
@@ -108,6 +122,17 @@ class Recorder(GraphBuilder):
             x = node.inputs[0]
         self.stream = x
         return x
+
+
+def even(g: GraphBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """`scales.even` as nodes: the rows, and their sizes [.., 1]. A row is divided by its largest value first, since a
+    device of 16-bit floats has no room for squares of what a gate gives; and no row is divided by zero."""
+    largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
+    largest = g.op("Max", largest, g.constant(LEAST_SIZE, "float32"))
+    x = g.op("Div", x, largest)
+    size = g.op("Sqrt", g.op("ReduceMean", g.op("Mul", x, x), g.constant([-1]), keepdims=1))
+    size = g.op("Max", size, g.constant(2.0**-10, "float32"))  # a single channel of a million has that
+    return g.op("Div", x, size), g.op("Mul", largest, size)
 
 
 def cut(recorder: Recorder, shadowed: set[Names]) -> Cut:
@@ -253,6 +278,8 @@ def _width(recorder: Recorder, value: ir.Value) -> int:
         return card.heads * card.head_dim
     if node in recorder.products:
         return sum(recorder.weights.shapes[f"{name}.weight"][0] for name in recorder.products[node])
+    if node.op_type in ("ReduceMax", "ReduceMean"):
+        return 1
     halves = 2 if node.op_type == "Split" else 1
     return _width(recorder, next(one for one in node.inputs if one is not None and one.producer())) // halves
 

@@ -17,6 +17,7 @@ BEYOND = 0.01  # the most channels beyond the clip in a stretch, as a share, in 
 HOT = 0.01  # the most that are hot
 TRIED = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of that share
 SLACK = 1.1  # of the least error: what more hot channels than needed would save is not worth their time
+LEAST_SIZE = 2.0**-14  # of a row: the least normal number of 16 bits, in which devices compute
 HEADROOM = 4.0  # what a product may give beyond the largest that was seen
 _HALVINGS = 12  # scales tried without a shadow: each a root of two smaller than the one before
 
@@ -59,6 +60,13 @@ class Seen:
     @property
     def sample(self) -> np.ndarray:
         return np.concatenate(self.rows)
+
+
+def even(x: np.ndarray) -> np.ndarray:
+    """Rows of x fp32 [tokens, inputs], each divided by its root mean square. What a gate gives differs in size from
+    token to token, with no norm behind it, and one scale for all tokens leaves most of them few steps. (Measured on
+    Gemma 3: by the mean magnitude or the largest they lose nearly twice as much.)"""
+    return x / np.maximum(np.sqrt(np.square(x).mean(1, keepdims=True)), np.float32(LEAST_SIZE / 1024))
 
 
 def round_weights(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

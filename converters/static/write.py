@@ -25,7 +25,7 @@ from ..recipe import NAMED, Recipe, Static
 from ..walk import Scratch, Walk
 from ..weights import ALIGNMENT, Sink, Stored, Weights
 from .graphs import Attention, Cut, Names, Part, Recorder, attention, cut, part
-from .scales import Fit, Seen, round_weights, with_shadow, without_shadow
+from .scales import Fit, Seen, even, round_weights, with_shadow, without_shadow
 
 KINDS = ("fp32", "fp16", "int8")  # of caches
 _SHADOW = ".shadow"  # behind a value's name: what its shadow gives
@@ -73,13 +73,13 @@ def add(
     """Adds all of it, and returns the device's graphs by their names. `weights` hold the decode graph's; `rows` int64
     [rows, length] are calibration text; `cache_scales` an int8 cache's. Scratch files lie in `folder`, one at a time.
     Raises ConvertError for a model of too many blocks."""
-    recorder = Recorder(card, weights)
+    recorder = Recorder(card, weights, even=chosen.bits == 8)
     architecture.build(recorder, card, card.span)
     products: dict[Names, Product] = {}
     own: dict[Names, Stored] = {}
     with writer.section("weights", layout.SECTION, alignment=4096) as sink:
         if chosen.bits == 8:
-            products = _round(architecture, card, weights, sink, rows, folder, progress)
+            products = _round(architecture, card, weights, sink, rows, recorder.evened, folder, progress)
         else:
             own = _exact(recorder, weights, sink)
     ranked = sorted(products, key=lambda names: -products[names].importance)
@@ -167,8 +167,8 @@ def _attentions(writer: Writer, recorder: Recorder, found: Cut, scales: np.ndarr
 
 
 def _round(
-    architecture: ModuleType, card: Card, weights: Weights, sink: Sink, rows: np.ndarray, folder: Path,
-    progress: Progress,
+    architecture: ModuleType, card: Card, weights: Weights, sink: Sink, rows: np.ndarray, evened: set[Names],
+    folder: Path, progress: Progress,
 ) -> dict[Names, Product]:  # fmt: skip
     """Rounds the blocks' matrices to `sink`, with scales of their inputs as `rows` show them: a block runs once in fp32
     with the input of every product tapped, on what exact blocks before it give."""
@@ -181,7 +181,7 @@ def _round(
         with Scratch(weights.source, folder, exact, weights.factors) as scratch:
             for inputs in walk.inputs(one, scratch):
                 for names, x in inputs.items():
-                    seen.setdefault(names, Seen()).add(x, len(rows))
+                    seen.setdefault(names, Seen()).add(even(x) if names in evened else x, len(rows))
             if block + 1 < card.blocks:
                 walk.advance(one, scratch)
         for names in seen:

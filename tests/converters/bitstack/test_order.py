@@ -121,7 +121,8 @@ def test_matrices_that_do_not_stop_at_a_level_wait_for_the_next():
         (0, [(200, 1.0)], [0]),
         (1, [(200, 1.0), (210, 0.1), (300, 0.02)], [1, 2]),  # the floor's rival: half the error
         (1, [(200, 1.0), (210, 0.51), (300, 0.2)], [0, 1, 2]),  # and else after it
-        (1, [(200, 1.0), (210, 1.01), (300, 0.2)], [0, 2]),  # but where it has more
+        (1, [(200, 1.0), (210, 1.01), (300, 0.2)], [0, 1, 2]),  # the last one always
+        (2, [(200, 1.0), (210, 1.01), (220, 1.02), (300, 0.2)], [0, 2, 3]),  # one before it not if it has more
         (1, [(200, 1.0), (190, 0.51), (300, 0.2)], [0, 2]),  # or is no larger
         (1, [(200, 1.0), (190, 0.5), (300, 0.2)], [1, 2]),  # and has not half
         (1, [(200, 1.0), (300, 0.2)], [0, 1]),  # but for the last

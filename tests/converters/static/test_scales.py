@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shoal.converters.static.scales import Seen, largest, quantise, round_weights, with_shadow, without_shadow
+from shoal.converters.static.scales import Seen, even, largest, quantise, round_weights, with_shadow, without_shadow
 
 
 @pytest.fixture
@@ -51,6 +51,22 @@ def test_with_injected_outliers_the_error_explodes_without_a_shadow_and_recovers
     best = product_error(x, weights, alone.scale, 0)
     assert recovered < 0.004 and clipped > 0.5 and min(absmax, best) > 8 * recovered
     np.testing.assert_allclose([shadow.error**0.5, alone.error**0.5], [recovered, best], rtol=0.15)
+
+
+def test_rows_of_every_size_keep_their_steps_once_they_are_even(rng):
+    sizes = 10 ** rng.uniform(-2, 2, (256, 1))
+    x = (rng.standard_normal((256, 512)) * sizes).astype(np.float32)
+    x[7] = 0
+    weights = rng.standard_normal((64, 512)).astype(np.float32)
+    assert not even(x)[7].any() and np.isfinite(even(x)).all()
+
+    def worst(rows):
+        seen = Seen()
+        seen.add(rows, 1)
+        scale = with_shadow(seen, weights, np.ones(64)).scale
+        return max(product_error(row[None], weights, scale, 1) for row in np.delete(rows, 7, 0))
+
+    assert worst(even(x)) < 0.02 and worst(x) > 0.5
 
 
 def test_without_outliers_a_shadow_is_worth_nothing(rng):

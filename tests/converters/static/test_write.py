@@ -140,6 +140,19 @@ def test_the_device_multiplies_whole_numbers_and_the_shadow_the_rest_of_them(mad
     assert len(looked) == len(shadows) == 4 * 3
 
 
+def test_behind_a_gate_rows_are_even_when_they_are_rounded(made):
+    seen = []
+    with runner(made()) as static:
+        assert [width for width in static.index.widths.values()].count(1) == 1, "their sizes, for who takes the product"
+
+        def watch(step, values):
+            if isinstance(step, layout.Shadow) and step.inputs == 72:
+                seen.append(np.square(values[step.takes]).mean(1))
+
+        static.run(TOKENS[:CHUNK], watch=watch)
+    np.testing.assert_allclose(seen, np.ones((3, CHUNK)), rtol=1e-3)
+
+
 def weights(static: Runner, shadow: layout.Shadow) -> tuple[np.ndarray, np.ndarray]:
     data = static._weights
     matrix = data[shadow.weights :][: shadow.inputs * shadow.outputs].view(np.int8)

@@ -26,6 +26,7 @@ from shoal.converters.static.scales import Seen, even, largest, round_weights, w
 from shoal.converters.text import HELDOUT
 from shoal.converters.walk import Scratch, Walk, opened
 from shoal.converters.weights import Factors, Stored
+from shoal.runtime.kernels.layout import rotate
 from shoal.runtime.language.tokens import Tokenizer
 
 SHARES = (1.0, 0.5, 0.25, 0.15, 0.05, 0.0)
@@ -34,21 +35,13 @@ MORE = (0.02, 0.04)  # of channels beyond the clip in a chunk: smaller scales, m
 ROWS = 8  # of calibration text, as convert has it
 
 
-def hadamard(x: np.ndarray) -> np.ndarray:
-    """The last axis in blocks of 64, each rotated."""
-    one = np.ones((1, 1), np.float32)
-    while len(one) < 64:
-        one = np.block([[one, one], [one, -one]])
-    return ((x.reshape(-1, 64) @ one) / np.float32(8)).reshape(x.shape)
-
-
 class Simulated(GraphBuilder):
     """A decoder whose matrices are rounded and whose products round their inputs as `scales`, `low` and `high` say,
     fp32 [products]; behind a gate rows are made even before, with `evens`."""
 
-    def __init__(self, weights, products: int, rotate: bool, evens: bool, exact: bool):
+    def __init__(self, weights, products: int, turn: bool, evens: bool, exact: bool):
         super().__init__("simulated", weights)
-        self.rotate, self.evens, self.exact, self.at = rotate, evens, exact, 0
+        self.turn, self.evens, self.exact, self.at = turn, evens, exact, 0
         self.gates = set()
         if not exact:
             self.controls = [
@@ -60,16 +53,16 @@ class Simulated(GraphBuilder):
         names = (names,) if isinstance(names, str) else names
         rows = np.concatenate(list(self.weights.slices(tuple(f"{name}.weight" for name in names))))
         if not self.exact:
-            codes, scales = round_weights(hadamard(rows) if self.rotate else rows)
+            codes, scales = round_weights(rotate(rows) if self.turn else rows)
             rows = codes * scales[:, None]
         x = self.rms(x, norm) if norm else x
         size = None
         if not self.exact:
             if self.evens and x in self.gates:
                 x, size = graphs.even(self, x)
-            if self.rotate:
+            if self.turn:
                 blocks = self.op("Reshape", x, self.constant([0, 0, -1, 64]))
-                turned = self.op("MatMul", blocks, self.constant(hadamard(np.eye(64, dtype=np.float32)), np.float32))
+                turned = self.op("MatMul", blocks, self.constant(rotate(np.eye(64, dtype=np.float32)), np.float32))
                 x = self.op("Reshape", turned, self.constant([0, 0, -1]))
             scale, low, high = (control[self.at] for control in self.controls)
             self.at += 1
@@ -105,7 +98,7 @@ class Model:
         with Scratch(self.source, self.folder) as scratch:
             return smooth(self.architecture, self.card, scratch.weights, self.all_rows, self.folder, peaks=True)
 
-    def fits(self, factors: Factors | None, rotate: bool, evens: bool) -> list[dict]:
+    def fits(self, factors: Factors | None, turn: bool, evens: bool) -> list[dict]:
         """Of each product, in the graph's order: its scales with and without a shadow, and of its largest value."""
         walk, found = Walk(self.architecture, self.card, self.rows), []
         for block in range(self.card.blocks):
@@ -114,12 +107,12 @@ class Model:
                 for inputs in walk.inputs(one, scratch):
                     for names, x in inputs.items():
                         x = even(x) if evens and names[0].endswith(".down_proj") else x
-                        x = hadamard(x) if rotate else x
+                        x = rotate(x) if turn else x
                         seen.setdefault(names, Seen()).add(x, len(self.rows))
                 walk.advance(one, scratch)
                 for names in seen:
                     rows = np.concatenate(list(scratch.weights.slices(tuple(f"{name}.weight" for name in names))))
-                    codes, scales = round_weights(hadamard(rows) if rotate else rows)
+                    codes, scales = round_weights(rotate(rows) if turn else rows)
                     given = seen[names], codes * scales[:, None], scales / scales.max()
                     shadow, alone = with_shadow(*given), without_shadow(*given)
                     more = {f"{beyond:.0%}": with_shadow(*given, beyond).scale for beyond in MORE}
@@ -133,14 +126,14 @@ class Model:
         return found
 
     def figures(
-        self, texts, factors, rotate, evens, controls: dict[str, dict | None], best: list | None
+        self, texts, factors, turn, evens, controls: dict[str, dict | None], best: list | None
     ) -> Iterator:  # fmt: skip
         """(name, perplexity, top-1 agreement, what is most likely) for each way to round; `best` has what is to agree
         with."""
         exact = None in controls.values()
         count = 0 if exact else len(next(iter(controls.values()))["scales"])
         with Scratch(self.source, self.folder, factors=factors) as scratch:
-            g = Simulated(scratch.weights, count, rotate, evens, exact)
+            g = Simulated(scratch.weights, count, turn, evens, exact)
             self.architecture.build(g, self.card, range(self.card.blocks))
             walk = Walk(self.architecture, self.card, texts)
             with opened(g.serialize(), scratch.places, False) as session:
@@ -179,9 +172,9 @@ def measure(checkpoint: Path, tokens: int) -> dict:
         found: dict = {"checkpoint": checkpoint.name, "tokens": sum(map(len, texts)), "figures": {}}
         best = None
 
-        def take(factors, rotate, evens, wanted, prefix=""):
+        def take(factors, turn, evens, wanted, prefix=""):
             nonlocal best
-            for name, perplexity, agreed, chosen in model.figures(texts, factors, rotate, evens, wanted, best):
+            for name, perplexity, agreed, chosen in model.figures(texts, factors, turn, evens, wanted, best):
                 best = best or chosen
                 found["figures"][prefix + name] = (perplexity, agreed)
                 print(f"{prefix + name:40} perplexity {perplexity:10.3f}   top-1 {agreed:6.1%}", flush=True)
@@ -208,18 +201,18 @@ def measure(checkpoint: Path, tokens: int) -> dict:
         found["products"] = [{**fit, "names": list(fit["names"])} for fit in fits]
         print(f"channels beyond the clip {found['beyond']:.2%} in a chunk, hot {found['hot']:.2%}", flush=True)
         turns = all(fit["inputs"] % 64 == 0 for fit in fits)
-        for prefix, used, rotate, evens in (
+        for prefix, used, turn, evens in (
             ("rotated, ", factors, True, True), ("not even, ", factors, False, False),
             ("rotated, not even, ", factors, True, False), ("not smoothed, ", None, False, True),
         ):  # fmt: skip
-            if rotate and not turns:
+            if turn and not turns:
                 continue
-            fits = model.fits(used, rotate, evens)
+            fits = model.fits(used, turn, evens)
             wanted = {
                 "int8 weights, float inputs": controls(fits, None), "shadow 100%": controls(fits, 1.0),
                 "shadow 0%": controls(fits, 0.0), "no shadow, absmax": controls(fits, 0.0, "largest"),
             }  # fmt: skip
-            take(used, rotate, evens, wanted, prefix)
+            take(used, turn, evens, wanted, prefix)
         return found
 
 

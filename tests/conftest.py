@@ -3,11 +3,16 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "data" / "tiny"
+# What the awkward widths of tests/data/tiny become: whole blocks and whole panels
+WIDER = {48: 128, 72: 192, 64: 128, 32: 64, 16: 32, 144: 384}
+WIDER_BERT = {48: 192, 88: 256}
 sys.path.insert(0, str(ROOT / "samples"))
 sys.path.insert(0, str(ROOT / "tests" / "data"))  # definitions of networks that tests train on
 # A shell's background job starts with Ctrl-C ignored, and so would every program that a test starts and interrupts
@@ -117,6 +122,46 @@ def _bundle(source: Path, tmp_path_factory, name: str, recipe: str) -> Path:
 def tiny_folder() -> Path:
     """A llama of a few thousand random weights, a Hugging Face folder that is part of the tests."""
     return ROOT / "tests" / "data" / "tiny" / "llama"
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory) -> Callable[[str], Path]:
+    """wide(family): that model of tests/data/tiny with random weights of greater widths, that rotate and gate."""
+    import json
+    import shutil
+
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from shoal.converters.sources import open_source
+
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            folder = made[family] = tmp_path_factory.mktemp("wide") / family
+            shutil.copytree(TINY / family, folder)
+            wider, random = WIDER_BERT if "bert" in family else WIDER, np.random.default_rng(len(made))
+            for path in folder.rglob("*config.json"):
+                said = json.loads(path.read_text())
+                for key in ("hidden_size", "intermediate_size", "head_dim", "word_embedding_dimension"):
+                    if key in said:
+                        said[key] = wider[said[key]]
+                path.write_text(json.dumps(said))
+            tensors = {}
+            with open_source(TINY / family) as source:
+                shapes = {name: info.shape for name, info in source.tensors().items()}
+            for name, old in shapes.items():
+                shape = [wider.get(length, length) for length in old]
+                spread = 0.2 if "norm" in name.lower() else 0.5
+                if len(shape) == 2:
+                    spread = 1 if "embed" in name else shape[1] ** -0.5
+                middle = 1 if "norm" in name.lower() and name.endswith("weight") and family != "gemma3" else 0
+                tensors[name] = (random.standard_normal(shape) * spread + middle).astype(np.float32)
+            save_file(tensors, folder / "model.safetensors")
+        return made[family]
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from shoal.runtime.card import Card
 from shoal.runtime.kernels import DOMAIN as KERNELS
+from shoal.runtime.kernels.layout import BLOCK
 from shoal.runtime.static.layout import TOKENS
 
 from ..graph import GraphBuilder, Norm
-from ..weights import Weights
+from ..weights import Stored, Weights
 from .scales import LEAST_SIZE
 
 Names = tuple[str, ...]
@@ -62,12 +63,14 @@ class Recorder(GraphBuilder):
     """Takes down what an architecture builds: a product is one node, of which `products` has the matrices' names.
     Embedding and head are graphs of their own, for the CPU. With `even`, the product behind a gate, before which there
     is no norm, takes rows that were made even (`scales.even`), and what it gives is multiplied by their sizes; its
-    names are in `evened`."""
+    names are in `evened`. With `turn`, a rotation fp32 [64, 64], products whose inputs are
+    whole blocks of 64 take them rotated; their names are in `turned`."""
 
-    def __init__(self, card: Card, weights: Weights, even: bool):
+    def __init__(self, card: Card, weights: Weights, even: bool, turn: Stored | None = None):
         super().__init__(card.name, weights)
-        self.card, self.even = card, even
+        self.card, self.even, self.turn = card, even, turn
         self.evened: set[Names] = set()
+        self.turned: set[Names] = set()
         self._gates: set[ir.Value] = set()
         self.products: dict[ir.Node, Names] = {}
         self.ends: dict[str, GraphBuilder] = {}
@@ -84,11 +87,17 @@ class Recorder(GraphBuilder):
     ) -> ir.Value:  # fmt: skip
         names = (names,) if isinstance(names, str) else names
         offset = self.external(self.weights.stacked(tuple(f"{name}.bias" for name in names))) if bias else None
-        size = None
+        inputs, size = self.weights.shapes[f"{names[0]}.weight"][1], None
         if self.even and x in self._gates:
             x, size = even(self, x)
             self.evened.add(names)
-        y = self.op("Product", self.rms(x, norm) if norm else x, None if size else offset)
+        x = self.rms(x, norm) if norm else x
+        if self.turn and inputs % BLOCK == 0:
+            blocks = self.op("Reshape", x, self.constant([-1, BLOCK]))
+            blocks = self.op("MatMul", blocks, self.external(self.turn))
+            x = self.op("Reshape", blocks, self.constant([-1, inputs]))
+            self.turned.add(names)
+        y = self.op("Product", x, None if size else offset)
         self.products[y.producer()] = names
         if size is not None:
             y = self.op("Mul", y, size)

@@ -17,6 +17,7 @@ from shoal.runtime.bundle.write import Writer
 from shoal.runtime.card import Card
 from shoal.runtime.errors import ConvertError
 from shoal.runtime.events import Event, Progress, silent
+from shoal.runtime.kernels.layout import BLOCK, rotate
 from shoal.runtime.static import layout
 from shoal.runtime.static.layout import Attend, Call, Shadow, Step
 
@@ -73,13 +74,14 @@ def add(
     """Adds all of it, and returns the device's graphs by their names. `weights` hold the decode graph's; `rows` int64
     [rows, length] are calibration text; `cache_scales` an int8 cache's. Scratch files lie in `folder`, one at a time.
     Raises ConvertError for a model of too many blocks."""
-    recorder = Recorder(card, weights, even=chosen.bits == 8)
-    architecture.build(recorder, card, card.span)
     products: dict[Names, Product] = {}
     own: dict[Names, Stored] = {}
     with writer.section("weights", layout.SECTION, alignment=4096) as sink:
+        turn = _write(sink, "rotation", rotate(np.eye(BLOCK, dtype=np.float32))) if chosen.rotate else None
+        recorder = Recorder(card, weights, chosen.bits == 8, turn)
+        architecture.build(recorder, card, card.span)
         if chosen.bits == 8:
-            products = _round(architecture, card, weights, sink, rows, recorder.evened, folder, progress)
+            products = _round(architecture, card, weights, sink, rows, recorder, folder, progress)
         else:
             own = _exact(recorder, weights, sink)
     ranked = sorted(products, key=lambda names: -products[names].importance)
@@ -167,11 +169,11 @@ def _attentions(writer: Writer, recorder: Recorder, found: Cut, scales: np.ndarr
 
 
 def _round(
-    architecture: ModuleType, card: Card, weights: Weights, sink: Sink, rows: np.ndarray, evened: set[Names],
+    architecture: ModuleType, card: Card, weights: Weights, sink: Sink, rows: np.ndarray, recorder: Recorder,
     folder: Path, progress: Progress,
 ) -> dict[Names, Product]:  # fmt: skip
     """Rounds the blocks' matrices to `sink`, with scales of their inputs as `rows` show them: a block runs once in fp32
-    with the input of every product tapped, on what exact blocks before it give."""
+    with the input of every product tapped, on what exact blocks before it give; what `recorder` does to it is done."""
     walk, found = Walk(architecture, card, rows), {}
     exact = NAMED["fp32"]
     for block in range(card.blocks):
@@ -181,17 +183,20 @@ def _round(
         with Scratch(weights.source, folder, exact, weights.factors) as scratch:
             for inputs in walk.inputs(one, scratch):
                 for names, x in inputs.items():
-                    seen.setdefault(names, Seen()).add(even(x) if names in evened else x, len(rows))
+                    x = even(x) if names in recorder.evened else x
+                    x = rotate(x) if names in recorder.turned else x
+                    seen.setdefault(names, Seen()).add(x, len(rows))
             if block + 1 < card.blocks:
                 walk.advance(one, scratch)
         for names in seen:
-            found[names] = _keep(weights, sink, names, seen[names])
+            found[names] = _keep(weights, sink, names, seen[names], names in recorder.turned)
     progress(Event("outliers", card.blocks, card.blocks, "", "blocks"))
     return found
 
 
-def _keep(weights: Weights, sink: Sink, names: Names, seen: Seen) -> Product:
-    codes, scales = round_weights(np.concatenate(list(weights.slices(tuple(f"{name}.weight" for name in names)))))
+def _keep(weights: Weights, sink: Sink, names: Names, seen: Seen, turned: bool) -> Product:
+    matrix = np.concatenate(list(weights.slices(tuple(f"{name}.weight" for name in names))))
+    codes, scales = round_weights(rotate(matrix) if turned else matrix)
     rounded = codes * scales[:, None]
     top = float(scales.max())
     shares = scales / np.float32(top)

@@ -1,27 +1,18 @@
-"""Random matrices in the kernels' layout, graphs of single operators, and models of widths that rotate and gate."""
+"""Random matrices in the kernels' layout, graphs of single operators, and models in one format."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import save_file
 
 from shoal.converters.convert import convert
 from shoal.converters.recipe import Format, Recipe
-from shoal.converters.sources import open_source
 from shoal.runtime import kernels
 from shoal.runtime.kernels import layout
 from shoal.runtime.kernels.layout import Codes, LinearFormat
 from shoal.runtime.session import Place, Session, open_graph
-
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
-# What the awkward widths of tests/data/tiny become: whole blocks and whole panels
-WIDER = {48: 128, 72: 192, 64: 128, 32: 64, 16: 32, 144: 384}
-WIDER_BERT = {48: 192, 88: 256}
 
 
 def random_codes(format: LinearFormat, seed: int = 1) -> Codes:
@@ -101,38 +92,6 @@ def opened(tmp_path):
     yield open_
     for session in sessions:
         session.close()
-
-
-@pytest.fixture(scope="session")
-def wide(tmp_path_factory) -> Callable[[str], Path]:
-    """wide(family): that model of tests/data/tiny with random weights of greater widths."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            folder = made[family] = tmp_path_factory.mktemp("wide") / family
-            shutil.copytree(TINY / family, folder)
-            wider, random = WIDER_BERT if "bert" in family else WIDER, np.random.default_rng(len(made))
-            for path in folder.rglob("*config.json"):
-                said = json.loads(path.read_text())
-                for key in ("hidden_size", "intermediate_size", "head_dim", "word_embedding_dimension"):
-                    if key in said:
-                        said[key] = wider[said[key]]
-                path.write_text(json.dumps(said))
-            tensors = {}
-            with open_source(TINY / family) as source:
-                shapes = {name: info.shape for name, info in source.tensors().items()}
-            for name, old in shapes.items():
-                shape = [wider.get(length, length) for length in old]
-                spread = 0.2 if "norm" in name.lower() else 0.5
-                if len(shape) == 2:
-                    spread = 1 if "embed" in name else shape[1] ** -0.5
-                middle = 1 if "norm" in name.lower() and name.endswith("weight") and family != "gemma3" else 0
-                tensors[name] = (random.standard_normal(shape) * spread + middle).astype(np.float32)
-            save_file(tensors, folder / "model.safetensors")
-        return made[family]
-
-    return make
 
 
 @pytest.fixture(scope="session")

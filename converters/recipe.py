@@ -132,7 +132,7 @@ class Ladder:
 class Static:
     """Prefill in chunks of fixed lengths by graphs for another processor, in `bits` 8 (weights and activations, with
     static scales) or 32. `shadow` is the share of the products, by what it costs to leave one out, whose outliers the
-    CPU multiplies beside the device; with `rotate` the device first spreads them over 64 channels."""
+    CPU multiplies beside the device; with `rotate`, in place of that, the device spreads them over 64 channels."""
 
     backend: str = "npu"
     bits: int = 8
@@ -152,8 +152,8 @@ class Static:
             raise _refuse(f"static.chunks are {chunks!r:.60}", "rising")
         if type(self.shadow) not in (int, float) or not 0 <= self.shadow <= 1:
             raise _refuse(f"static.shadow is {self.shadow!r:.40}", "a share from 0 to 1")
-        if type(self.rotate) is not bool or (self.rotate and self.bits != 8):
-            raise _refuse(f"static.rotate is {self.rotate!r:.40}", "false, or true where 8 bits are rounded to")
+        if type(self.rotate) is not bool or (self.rotate and (self.bits != 8 or self.shadow)):
+            raise _refuse(f"static.rotate is {self.rotate!r:.40}", "false, or true with 8 bits and shadow = 0")
 
 
 @dataclass(frozen=True)

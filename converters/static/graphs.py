@@ -97,7 +97,7 @@ class Recorder(GraphBuilder):
             blocks = self.op("MatMul", blocks, self.external(self.turn))
             x = self.op("Reshape", blocks, self.constant([-1, inputs]))
             self.turned.add(names)
-        y = self.op("Product", x, None if size else offset)
+        y = self.op("Product", x, offset if size is None else None)
         self.products[y.producer()] = names
         if size is not None:
             y = self.op("Mul", y, size)
